@@ -1,0 +1,115 @@
+"""What every script does at its command line: flags with a range, one-sentence refusals, the device and its precision."""
+import argparse
+import math
+import os
+import sys
+
+import torch
+
+
+class Refusal(ValueError):
+    """Something the user has to change. Its text is one sentence that names the flag or the file and the way out."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with the default in every flag's help and errors as a Refusal."""
+
+    def __init__(self, **kwargs):
+        wide = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=32, width=120)
+        super().__init__(formatter_class=wide, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise Refusal(f"{message} (--help lists the flags)")
+
+
+def number(kind, low, low_included=False, high=math.inf):
+    """An argparse type: an int or float (`kind`) above `low` (or equal, if included) and at most `high`."""
+    def parse(text):
+        bound = f"{'at least' if low_included else 'above'} {low}" + (f" and at most {high}" if high < math.inf else "")
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {bound}") from None
+        if not (low < value or low_included and low == value) or value > high or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {bound}")
+        return value
+    return parse
+
+
+count = number(int, 1, True)                # 1, 2, ...
+count_or_zero = number(int, 0, True)        # 0, 1, 2, ...
+positive = number(float, 0)
+nonnegative = number(float, 0, True)
+
+
+def add_run_flags(parser):
+    """The flags that mean the same to every method: where the data is, what the run uses and where it is kept."""
+    add = parser.add_argument
+    add("--data-dir", default="data", help="folder of downloads, or of your images: DIR/train/CLASS/*, DIR/test/CLASS/*")
+    add("--seed", type=count_or_zero, default=0, help="of the weights, the order, the augmentation, and of shapes")
+    add("--device", default="auto", help="auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+        help="mixed precision; auto: bf16 where the hardware has it, fp16 on older GPUs, else off (float32)")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--workers", type=count_or_zero, default=cores(), help="processes that decode images")
+    add("--cache-gb", type=nonnegative, default=8.0, help="GB of decoded images kept on the device; more is streamed")
+    add("--out", default=None, help="folder of the run; by default the next free runs/METHOD-DATASET-SEED")
+    add("--resume", default=None, metavar="RUN", help="go on with the run in this folder, with its settings")
+
+
+def cores():
+    """A default for --workers: the cores this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def program(main):
+    """Runs a script's main as a program: a Refusal is one sentence on stderr and exit status 2, without traceback."""
+    name = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except Refusal as refusal:
+        status, sentence = 2, str(refusal)
+    except torch.OutOfMemoryError:
+        status, sentence = 2, "the device is out of memory: lower --batch-size, --width or --cache-gb"
+    except OSError as error:
+        if error.filename is None and error.strerror is None:
+            raise
+        status, sentence = 2, f"{error.filename or 'a file'}: {error.strerror}"
+    except KeyboardInterrupt:
+        status, sentence = 130, "interrupted"
+    else:
+        return
+    print(f"{name}: {sentence}", file=sys.stderr)
+    sys.exit(status)
+
+
+def pick_device(name, local_rank=0):
+    """"auto" is CUDA where there is one, else the CPU; other names are torch's ("cpu", "cuda", "cuda:1", "mps")."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+            device = torch.device("cuda", local_rank)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise Refusal(f"--device {name}: this machine has no such device, try --device auto or --device cpu") from None
+    return device
+
+
+def pick_amp(name, device):
+    """The dtype of autocast: torch.bfloat16, torch.float16 or None (float32).
+
+    "auto" is bf16 where the hardware multiplies it fast (CUDA from Ampere on, CPUs with AMX), fp16 on older GPUs, which
+    needs a gradient scaler, else float32.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        elif device.type == "cpu":
+            name = "bf16" if torch.cpu.get_capabilities().get("amx_bf16", False) else "off"
+        else:
+            name = "off"
+    if name == "fp16" and device.type != "cuda":
+        raise Refusal("--amp fp16 needs a CUDA device, try --amp auto")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]

@@ -1,0 +1,82 @@
+"""Training in several processes (torchrun): the results are those of one process with the whole batch."""
+import os
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import nn
+
+
+def start(device):
+    """Joins the processes that torchrun started, if it did. Returns (rank, world): (0, 1) in a plain run."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather(x):
+    """(n, ...) of each process to (n * world, ...) in rank order, differentiably.
+
+    The gradient of x sums what every process's loss asks of it. If each process computes the same loss of the whole
+    batch, that is world times the gradient; DistributedDataParallel's mean over the processes divides it away.
+    """
+    return torch.cat(dist_nn.all_gather(x)) if dist.is_initialized() else x
+
+
+def first_alone(function, *args):
+    """function(*args) in every process, in the first before the others: what it downloads is downloaded once."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank > 0:
+        dist.barrier()
+    result = function(*args)
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    return result
+
+
+def any_process(flag, device):
+    """Whether the flag is set in any process."""
+    if not dist.is_initialized():
+        return flag
+    flag = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm with the statistics of all processes' batches, for the CPU, which torch.nn.SyncBatchNorm refuses."""
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        wide = x.float()
+        mean = dist_nn.all_reduce(wide.mean(dims)) / dist.get_world_size()
+        var = dist_nn.all_reduce((wide - mean.view(shape)).square().mean(dims)) / dist.get_world_size()
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * dist.get_world_size()
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        y = (wide - mean.view(shape)) * torch.rsqrt(var + self.eps).view(shape)
+        return (y * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
+def sync_batch_norm(module, device):
+    """The module with every batch norm synchronised over the processes; unchanged in a plain run."""
+    if not dist.is_initialized():
+        return module
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for child in module.modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            child.__class__ = SyncBatchNorm
+    return module

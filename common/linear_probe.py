@@ -1,0 +1,125 @@
+"""What a frozen representation is worth: a linear probe and a kNN classifier on its features, beside honest floors."""
+import torch
+import torch.nn.functional as F
+
+L2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # tried on a held-out tenth of the training features
+
+
+def linear_probe(train_x, train_y, test_x, test_y):
+    """Test accuracy in [0, 1] of multinomial logistic regression on frozen features.
+
+    train_x (N, D), test_x (M, D) floats; train_y (N,), test_y (M,) int64, all on one device. Features are standardised
+    with the training features' mean and deviation. The weight of the L2 penalty is the best of `L2` on a tenth of the
+    training set held out at random, and the final fit uses all of it; the test set is looked at once. Full-batch L-BFGS,
+    in float32.
+    """
+    mean, deviation = train_x.float().mean(dim=0), train_x.float().std(dim=0).clamp(min=1e-6)
+    train_x, test_x = (train_x.float() - mean) / deviation, (test_x.float() - mean) / deviation
+    classes = int(torch.cat([train_y, test_y]).max()) + 1
+    order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0)).to(train_x.device)
+    held, kept = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10) :]
+
+    best, weights = (-1.0, None), None
+    for l2 in sorted(L2, reverse=True):                                       # from stiff to free: each warms the next
+        weights = fit(train_x[kept], train_y[kept], classes, l2, weights)
+        best = max(best, (score(train_x[held], train_y[held], weights), l2))
+    return score(test_x, test_y, fit(train_x, train_y, classes, best[1], weights))
+
+
+def fit(x, y, classes, l2, start=None):
+    """Weights (D + 1, classes), the bias last, that minimise cross-entropy + l2 / 2 |W|^2 without the bias's."""
+    weights = torch.zeros(x.shape[1] + 1, classes, device=x.device) if start is None else start.clone()
+    weights.requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        logits = x @ weights[:-1] + weights[-1]                               # (N, classes)
+        loss = F.cross_entropy(logits, y) + l2 / 2 * weights[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return weights.detach()
+
+
+def score(x, y, weights):
+    return ((x @ weights[:-1] + weights[-1]).argmax(dim=1) == y).float().mean().item()
+
+
+@torch.no_grad()
+def knn(train_x, train_y, test_x, test_y, k=200, tau=0.1):
+    """Test accuracy in [0, 1] of the k nearest training features by cosine, weighted e^(cosine / tau).
+
+    Shapes as in `linear_probe`. Wu et al. 2018 (1805.01978), section 3.4; k is cut to the training set's size.
+    """
+    train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
+    classes = int(torch.cat([train_y, test_y]).max()) + 1
+    right = 0
+    for x, y in zip(test_x.split(1000), test_y.split(1000)):
+        similarity, index = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)  # (B, k)
+        votes = torch.zeros(len(x), classes, device=x.device)
+        votes.scatter_add_(1, train_y[index], (similarity / tau).exp())
+        right += (votes.argmax(dim=1) == y).sum().item()
+    return right / len(test_x)
+
+
+@torch.no_grad()
+def features(encode, images, module=None, batch_size=512):
+    """encode(uint8 (B, 3, S, S)) of every image, in order: (N, D) floats on the device.
+
+    module: put into eval mode meanwhile, and its parts back into the modes they had; nothing else of it changes.
+    """
+    modes = {} if module is None else {part: part.training for part in module.modules()}
+    for part in modes:
+        part.training = False
+    try:
+        index = torch.arange(len(images)).split(batch_size)
+        return torch.cat([encode(batch).float() for batch in images.batches(index)])
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def whitened_pixels(train, test, components=256):
+    """The floor that needs no learning: pixels (at most 32 x 32) on their first principal components, whitened.
+
+    train, test: Images. Returns (N, components) and (M, components).
+    """
+    def flat(x):
+        x = x.float() / 255
+        if x.shape[-1] > 32:
+            x = F.interpolate(x, size=32, mode="bilinear", antialias=True)
+        return x.flatten(1)                                                   # (B, 3 S S)
+
+    sample = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:10_000]
+    x = torch.cat([flat(batch) for batch in train.batches(sample.split(512))])
+    mean = x.mean(dim=0)
+    variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))    # ascending
+    components = min(components, int((variance > 1e-6 * variance[-1]).sum()))                 # few images span less
+    axes = axes[:, -components:] / variance[-components:].clamp(min=1e-8).sqrt()
+    return tuple(features(lambda batch: (flat(batch) - mean) @ axes, images) for images in (train, test))
+
+
+def evaluate(data, encoders):
+    """Linear probe and kNN of each encoder and of whitened pixels, on data (a `Data` with labels).
+
+    encoders: {row: (encode, module)}, see `features`. Returns {"linear": {row: accuracy}, "knn": {row: accuracy}} with
+    the rows "pixels" and the encoders', and {row: (labelled features, test features)}.
+    """
+    x = {"pixels": whitened_pixels(data.labelled, data.test)}
+    for row, (encode, module) in encoders.items():
+        x[row] = tuple(features(encode, images, module) for images in (data.labelled, data.test))
+    measures = {"linear": linear_probe, "knn": knn}
+    return {name: {row: measure(train_x, data.labelled.labels, test_x, data.test.labels)
+                   for row, (train_x, test_x) in x.items()} for name, measure in measures.items()}, x
+
+
+def table(results, method):
+    """The text that a person reads, in percent."""
+    titles = {"pixels": "whitened pixels (PCA)", "untrained": "untrained encoder", "trained": method}
+    lines = [f"{'':26}{'linear':>8}{'kNN':>8}"]
+    lines += [f"{title:26}{100 * results['linear'][row]:8.1f}{100 * results['knn'][row]:8.1f}"
+              for row, title in titles.items()]
+    return "\n".join(lines)

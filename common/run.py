@@ -1,0 +1,323 @@
+"""A run's folder: its settings, its log, a checkpoint that survives a kill at any moment, and what is on the terminal."""
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from common import distributed, linear_probe, pictures
+from common.cli import Refusal
+
+# Settings that may change on --resume: where and how fast it runs, not what is computed.
+FREE_ON_RESUME = {"resume", "device", "compile", "workers", "data_dir", "cache_gb"}
+
+
+def parse(parser, argv, defaults):
+    """The arguments of a new run, or of the run that --resume names.
+
+    defaults: {data set: {setting: value}}, what a run on that data set uses unless a flag says otherwise; --help shows
+    those of the --dataset beside it. A resumed run takes its settings from its args.json.
+    """
+    argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
+    if "--resume" in argv[:-1] and "--help" not in argv and "-h" not in argv:
+        folder = Path(argv[argv.index("--resume") + 1])
+        try:
+            told = json.loads((folder / "args.json").read_text())
+            stored, method = told["settings"], told["method"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise Refusal(f"--resume {folder}: no run there, {folder / 'args.json'} is missing or damaged") from None
+        if method != Path(parser.prog).stem:
+            raise Refusal(f"--resume {folder}: that is a run of {method}.py")
+        parser.set_defaults(**stored)
+        args = parser.parse_args(argv)
+        changed = [k for k in stored if k not in FREE_ON_RESUME and getattr(args, k) != stored[k]]
+        if changed:
+            flag = "--" + changed[0].replace("_", "-")
+            raise Refusal(f"{flag} cannot change on --resume (the run has {stored[changed[0]]}): leave it out, or start "
+                          f"a new run")
+        args.out = str(folder)
+        return args
+    dataset = argv[argv.index("--dataset") + 1] if "--dataset" in argv[:-1] else parser.get_default("dataset")
+    dataset = next((a.split("=", 1)[1] for a in argv if a.startswith("--dataset=")), dataset)
+    parser.set_defaults(**defaults.get(dataset, {}))
+    return parser.parse_args(argv)
+
+
+class Run:
+    """The folder of one run. Only the first process of a multi-process run writes.
+
+    Everything that has a state_dict and decides how training goes on is given to `track`.
+    """
+
+    def __init__(self, method, settings, device, rank=0):
+        """settings: plain values. Takes settings["resume"], or a new folder: settings["out"], else the next free one."""
+        self.method, self.rank, self.tracked = method, rank, {}
+        self.history, self.signal, self.resumed = [], None, bool(settings["resume"])
+        if self.resumed:
+            self.folder = Path(settings["resume"])
+            return
+        self.folder = free_folder(method, settings) if rank == 0 else Path(os.devnull)
+        self.write_json("args.json", {
+            "method": method, "settings": settings, "argv": sys.argv, "device": device_name(device),
+            "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "numpy": np.__version__, "threads": torch.get_num_threads()})
+
+    def __truediv__(self, name):
+        return self.folder / name
+
+    def write(self, name, write):
+        """Calls write(path) for a file beside `name` and puts that in its place at once: a kill leaves a whole file."""
+        if self.rank == 0:
+            part = self.folder / f".{name}.part"
+            write(part)
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, self.folder / name)
+            directory = os.open(self.folder, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+
+    def write_json(self, name, value):
+        self.write(name, lambda path: path.write_text(json.dumps(value, indent=1) + "\n"))
+
+    def track(self, **objects):
+        self.tracked.update(objects)
+
+    def save(self, epoch, step):
+        """Writes checkpoint.pt: training goes on at `step` of `epoch`."""
+        state = {name: thing.state_dict() for name, thing in self.tracked.items()}
+        state.update(method=self.method, epoch=epoch, step=step, history=self.history)
+        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+
+    def restore(self):
+        """Puts the checkpoint into what is tracked. Returns (epoch, step) to go on at: (0, 0) in a new run.
+
+        Raises Refusal where the checkpoint is cut off, or another method's or model's.
+        """
+        path = self.folder / "checkpoint.pt"
+        if not self.resumed or not path.exists():                             # killed before its first epoch ended
+            return 0, 0
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["method"] != self.method:
+                raise ValueError(f"it is {state['method']}'s")
+            for name, thing in self.tracked.items():
+                thing.load_state_dict(state[name])
+            epoch, step, self.history = state["epoch"], state["step"], state["history"]
+        except Exception as error:                                            # zip, pickle, key and shape errors
+            reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            raise Refusal(f"{path} is not a whole checkpoint of this run ({reason}): put a good one in its place or "
+                          f"start a new run") from None
+        self.write_log()
+        return epoch, step
+
+    def log(self, **entry):
+        """Adds the line of a finished epoch to log.jsonl."""
+        self.history.append(entry)
+        self.write_log()
+
+    def write_log(self):
+        self.write("log.jsonl", lambda path: path.write_text("".join(json.dumps(e) + "\n" for e in self.history)))
+
+    def say(self, *words):
+        if self.rank == 0:
+            print(*words, flush=True)
+
+    def finish(self, data, encoders, device, **more):
+        """Judges the encoders (`linear_probe.evaluate`), prints the table, and writes result.json and neighbours.png.
+
+        encoders: "untrained" and "trained", each (encode, module). more: further results. Returns the results.
+        """
+        result = {"linear": None, "knn": None}
+        if data.labelled:
+            accuracies, x = linear_probe.evaluate(data, encoders)
+            result.update(accuracies)
+            queries, images, (features, query_features) = data.test, data.labelled, x["trained"]
+            self.say("\n" + linear_probe.table(accuracies, self.method))
+        else:
+            self.say(f"\nno linear probe and no kNN: {data.unlabelled}")
+            queries = images = data.train
+            features = query_features = linear_probe.features(encoders["trained"][0], images, encoders["trained"][1])
+        self.write("neighbours.png", lambda path: pictures.neighbours(
+            path, queries, query_features, images, features))
+        result.update(more, seconds=sum(entry["seconds"] for entry in self.history), peak_memory=peak_memory(device))
+        self.write_json("result.json", result)
+        self.say(f"\ntrained in {clock(result['seconds'])}, peak memory {result['peak_memory'] / 1e9:.1f} GB; "
+                 f"results and pictures in {self.folder}")
+        return result
+
+    def __enter__(self):
+        """From here on Ctrl-C and SIGTERM only ask `stop_requested`; a second one ends the program at once."""
+        def handler(number, frame):
+            self.signal = number
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.before[number])
+        self.before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def describe(self, settings, **facts):
+        """Prints the resolved settings, and facts that follow from them."""
+        words = [f"{k.replace('_', '-')} {v}" for k, v in {**settings, **facts}.items() if v is not None]
+        self.say(textwrap.fill(f"{self.method}: " + ", ".join(words), 100, subsequent_indent="    ",
+                               break_on_hyphens=False))
+        self.say(f"run folder: {self.folder}")
+
+    def stop_requested(self, device):
+        return distributed.any_process(self.signal is not None, device)
+
+    def stop(self, epoch, step):
+        """Saves, says how to go on and exits with 130 (Ctrl-C) or 143 (SIGTERM)."""
+        self.save(epoch, step)
+        self.say(f"\nstopped and saved at step {step} of epoch {epoch + 1}; go on with --resume {self.folder}")
+        sys.exit(128 + (self.signal or signal.SIGTERM))
+
+
+def free_folder(method, settings):
+    """Makes and returns settings["out"], or the next free runs/METHOD-DATASET-SEED[-2, -3, ...]."""
+    if settings["out"]:
+        folder = Path(settings["out"])
+        if (folder / "args.json").exists():
+            raise Refusal(f"--out {folder} holds a run already: go on with --resume {folder}, or name another folder")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise Refusal(f"--out {folder} exists and is not an empty folder: name another")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    name, number = f"runs/{method}-{settings['dataset']}-{settings['seed']}", 1
+    while True:
+        folder = Path(name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.cpu.get_capabilities().get('cpu_name', '')}, {os.cpu_count()} cores"
+
+
+def peak_memory(device):
+    """Bytes: of the CUDA device's allocations, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def cosine(step, steps, warmup):
+    """Factor of the peak learning rate: linear over `warmup` steps, then half a cosine down to 0 at `steps`."""
+    if step < warmup:
+        return min(1.0, (step + 1) / warmup)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def spread(h):
+    """Of features (N, D): the root mean square distance of h / |h| from its mean, a scalar tensor in [0, 1].
+
+    0 where all images have one direction (collapse), near 1 where directions fill the sphere.
+    """
+    h = torch.nn.functional.normalize(h.detach().float(), dim=1)
+    return (1 - h.mean(dim=0).square().sum()).clamp(min=0).sqrt()
+
+
+COLLAPSED = 0.01  # a spread below this is one point up to noise
+
+
+class Progress:
+    """The epoch's means, and the line that shows them: rewritten on a terminal, else a line an epoch.
+
+    metrics: {name: (label, note)} of what `update` is given. Values stay on the device until the line is due, so the
+    loop does not wait for the device each step.
+    """
+
+    def __init__(self, run, epochs, steps, images, metrics):
+        """steps, images: a whole epoch's."""
+        self.run, self.epochs, self.steps, self.images, self.metrics = run, epochs, steps, images, metrics
+        self.pending, self.sums, self.seconds, self.last = [], [0.0] * len(metrics), 0.0, None
+        self.shown, self.since, self.done, self.rate = 0.0, None, 0, 0.0
+
+    def state_dict(self):
+        self.read()
+        return {"sums": self.sums, "seconds": self.seconds}
+
+    def load_state_dict(self, state):
+        self.sums, self.seconds = state["sums"], state["seconds"]
+
+    def update(self, epoch, step, values):
+        """After a step: values is a list of scalar tensors, in the order of the metrics. May raise Refusal (`read`)."""
+        now = time.perf_counter()
+        if self.since is None:
+            self.since = now
+        self.at, self.done = (epoch, step), self.done + 1
+        self.pending.append(torch.stack([v.detach().float() for v in values]))
+        if now - self.shown > 0.5 or step + 1 == self.steps:
+            self.read()
+            if sys.stdout.isatty():
+                self.show(epoch, step)
+            self.shown = time.perf_counter()
+
+    def read(self):
+        """Fetches the pending values. Raises Refusal where one is not finite, before any checkpoint takes it."""
+        if not self.pending:
+            return
+        rows = torch.stack(self.pending).double().cpu().tolist()
+        epoch, step = self.at
+        for i, row in enumerate(rows):
+            if not all(map(math.isfinite, row)):
+                raise Refusal(f"the loss is not finite at step {step + 1 - len(rows) + i + 1} of epoch {epoch + 1}: lower "
+                              f"--lr (the last good checkpoint is kept in {self.run.folder})")
+            self.sums = [s + v for s, v in zip(self.sums, row)]
+        self.pending, self.last = [], rows[-1]
+        now = time.perf_counter()
+        self.seconds += now - self.since
+        self.rate = self.done * self.images / self.steps / max(now - self.since, 1e-9) if self.done else self.rate
+        self.since, self.done = now, 0
+
+    def text(self, values):
+        words = [f"{label} {value:.3f}{f' ({note})' if note else ''}"
+                 for (label, note), value in zip(self.metrics.values(), values)]
+        if "spread" in self.metrics and values[list(self.metrics).index("spread")] < COLLAPSED:
+            words.append("COLLAPSED: all images have one feature")
+        return "  ".join(words)
+
+    def show(self, epoch, step):
+        left = (self.epochs * self.steps - epoch * self.steps - step - 1) / self.steps * self.images / max(self.rate, 1e-9)
+        line = (f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.steps}  {self.text(self.last)}  "
+                f"{self.rate:,.0f} images/s  {clock(left)} left")
+        self.line("\r" + line[: shutil.get_terminal_size().columns - 1] + "\033[K")
+
+    def line(self, text, end=""):
+        if self.run.rank == 0:
+            print(text, end=end, flush=True)
+
+    def end_epoch(self, epoch, **more):
+        """Prints the epoch's means and logs them."""
+        means = [s / self.steps for s in self.sums]
+        speed = self.images / max(self.seconds, 1e-9)
+        clear = "\r\033[K" if sys.stdout.isatty() else ""
+        left = (self.epochs - epoch - 1) * self.seconds
+        self.line(f"{clear}epoch {epoch + 1}/{self.epochs}  {self.text(means)}  {speed:,.0f} images/s  "
+                  f"{clock(left)} left", end="\n")
+        self.run.log(epoch=epoch + 1, **dict(zip(self.metrics, means)), **more, seconds=round(self.seconds, 3))
+        self.sums, self.seconds = [0.0] * len(self.metrics), 0.0
+
+
+def clock(seconds):
+    """1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,74 @@
+"""`shapes`: coloured images drawn from a seed, so that every script has something to train on without a download.
+
+Ten classes of shape over varying colour, size, place, rotation, background and noise, all drawn independently of the
+class: neither colour nor any single pixel gives it away. Only operations that IEEE 754 defines exactly are used (no
+sines, no normal deviates), so the bytes are the same on every machine.
+"""
+import numpy as np
+
+CLASSES = ("bar", "corner", "crescent", "cross", "disc", "frame", "ring", "square", "star", "triangle")
+
+
+def box(u, v, half_u, half_v, centre_u=0.0, centre_v=0.0):
+    return np.maximum(np.abs(u - centre_u) - half_u, np.abs(v - centre_v) - half_v)
+
+
+def disc(u, v, radius, centre_u=0.0):
+    return np.sqrt((u - centre_u) ** 2 + v**2) - radius
+
+
+def triangle(u, v):
+    side = np.sqrt(0.75)
+    return np.maximum(np.maximum(v, side * u - 0.5 * v), -side * u - 0.5 * v) - 0.48
+
+
+def distance(shape, u, v):
+    """Signed distance (negative inside, about exact near the edge) of points (u, v) from a shape of radius about 1."""
+    if shape == "bar":
+        return box(u, v, 1.0, 0.25)
+    if shape == "corner":
+        return np.minimum(box(u, v, 0.27, 0.85, -0.5, 0.0), box(u, v, 0.78, 0.27, 0.0, 0.58))
+    if shape == "crescent":
+        return np.maximum(disc(u, v, 0.95), -disc(u, v, 0.75, centre_u=0.5))
+    if shape == "cross":
+        return np.minimum(box(u, v, 1.0, 0.27), box(u, v, 0.27, 1.0))
+    if shape == "disc":
+        return disc(u, v, 0.85)
+    if shape == "frame":
+        return np.abs(box(u, v, 0.6, 0.6)) - 0.16
+    if shape == "ring":
+        return np.abs(disc(u, v, 0.7)) - 0.18
+    if shape == "square":
+        return box(u, v, 0.72, 0.72)
+    if shape == "star":  # two triangles
+        return np.minimum(triangle(u, v), triangle(u, -v))
+    return triangle(u, v)
+
+
+def draw(n, image_size, seed):
+    """Draws n images, n // 10 or one more of each class, in random order.
+
+    image_size: side in pixels, at least 8.
+    Returns (n, 3, image_size, image_size) uint8 and (n,) int64 labels, indices into CLASSES.
+    """
+    rng = np.random.Generator(np.random.PCG64(seed))
+    labels = np.arange(n)[np.argsort(rng.random(n), kind="stable")] % len(CLASSES)
+    images = np.empty((n, 3, image_size, image_size), np.uint8)
+    pixel = (np.arange(image_size) + 0.5) / image_size * 2 - 1                # centres, in [-1, 1]
+    for i, label in enumerate(labels):
+        ground = 0.1 + 0.25 * rng.random() + 0.2 * (rng.random(3) - 0.5)      # a dark colour
+        figure = 0.65 + 0.25 * rng.random() + 0.2 * (rng.random(3) - 0.5)     # a light one
+        radius = 0.4 + 0.2 * rng.random()
+        x0, y0 = 0.5 * (2 * rng.random(2) - 1)                                # the shape's centre
+        tilt = 0.5 * (2 * rng.random() - 1)                                   # the tangent of its rotation
+        cos = 1 / np.sqrt(1 + tilt**2)
+        sin = tilt * cos
+        x, y = (pixel[None, :] - x0) / radius, (pixel[:, None] - y0) / radius
+        d = distance(CLASSES[label], cos * x + sin * y, cos * y - sin * x)    # (H, W)
+        cover = np.clip(0.5 - d * radius * image_size / 2, 0, 1)              # antialiased over one pixel
+        image = ground[:, None, None] + cover * (figure - ground)[:, None, None]              # (3, H, W)
+        slope = 0.3 * (rng.random(2) - 0.5)
+        image += slope[0] * pixel[None, :] + slope[1] * pixel[:, None]        # lit from one side
+        image += 0.3 * (rng.random((3, image_size, image_size)) - 0.5)        # noise
+        images[i] = np.clip(np.rint(image * 255), 0, 255)
+    return images, labels.astype(np.int64)

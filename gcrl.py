@@ -1,0 +1,374 @@
+"""GCRL: Generative-Contrastive Representation Learning (2106.06162), an axial transformer trained on two losses at once.
+
+An image is D = H W tokens of a colour palette, in raster order. x1 is a weakly, x2 a strongly augmented view of each of N
+images, z1 and z2 their normalised projections:
+
+    L   = alpha L_g + beta L_c
+    L_g = -1/N  sum_i sum_{k=2..D} log p(x1[i,k] | x1[i,<k])
+    L_c = -1/2N sum_i ( log e^(z1_i.z2_i/tau) / (sum_{j!=i} e^(z1_i.z1_j/tau) + sum_j e^(z1_i.z2_j/tau))
+                      + log e^(z2_i.z1_i/tau) / (sum_{j!=i} e^(z2_i.z2_j/tau) + sum_j e^(z2_i.z1_j/tau)) )
+
+The encoder's output, averaged over the positions, is the feature; the same output, one row further up, is what the
+decoder predicts the tokens from. Widths, depths, temperature and schedule are our choices: the paper's are not known here.
+
+    python gcrl.py                                              # embedded data, two minutes on two cores
+    python gcrl.py --dataset cifar10 --alpha 1 --beta 1         # the hybrid; --beta 0: generative; --alpha 0: contrastive
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import augment, cli, distributed, linear_probe, pictures
+from common.data import NAMES, epoch_order, load_for
+from common.run import Progress, Run, cosine, parse, spread
+from common.transformer import Block, init_weights
+
+# ---- palette: pixels as tokens (iGPT, Chen et al. 2020)
+
+
+def nearest(pixels, palette):
+    """(M, 3) colours to the (M,) indices of the nearest of the palette's (V, 3), by Euclidean distance."""
+    half = palette.square().sum(dim=1) / 2                                    # |x - p|^2 / 2 = half - x.p + ...
+    return torch.cat([torch.addmm(half, x, palette.T, alpha=-1).argmin(dim=1) for x in pixels.split(2**16)])
+
+
+def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=30):
+    """k-means (Lloyd's, k-means++ start) of the images' RGB values: (V, 3) floats in [0, 1].
+
+    images: (N, 3, H, W) uint8, or floats in [0, 1]. pixels: how many are drawn to fit. V is num_colours, or less where
+    the drawn pixels have fewer colours than that.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = to_float(images).cpu().permute(0, 2, 3, 1).reshape(-1, 3)
+    x = x[torch.randperm(len(x), generator=generator)[:pixels]]
+    num_colours = min(num_colours, len(x.unique(dim=0)))
+    palette = x[:1]
+    distance = torch.full((len(x),), math.inf)
+    while len(palette) < num_colours:                                         # far points are likelier to be chosen
+        distance = torch.minimum(distance, (x - palette[-1]).square().sum(dim=1))
+        palette = torch.cat([palette, x[torch.multinomial(distance, 1, generator=generator)]])
+    for _ in range(iterations):
+        token = nearest(x, palette)
+        count = torch.bincount(token, minlength=num_colours)[:, None]
+        mean = torch.zeros_like(palette).index_add_(0, token, x) / count.clamp(min=1)
+        palette = torch.where(count > 0, mean, palette)
+    return palette
+
+
+def quantise(x, palette):
+    """Images (N, 3, H, W), uint8 or floats in [0, 1], to tokens (N, H, W), indices into the palette (V, 3)."""
+    pixels = to_float(x).permute(0, 2, 3, 1)                                  # (N, H, W, 3)
+    return nearest(pixels.reshape(-1, 3), palette).view(pixels.shape[:3])
+
+
+def dequantise(tokens, palette):
+    """Tokens (N, H, W) to floats (N, 3, H, W) in [0, 1]."""
+    return palette[tokens].permute(0, 3, 1, 2)
+
+
+def to_float(x):
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+# ---- augmentation
+
+
+def weak_view(x, rng):
+    """A flip and a shift of up to an eighth of the side: x uint8 (N, 3, S, S) to floats in [0, 1]."""
+    n, most = len(x), x.shape[-1] // 8
+    x = augment.horizontal_flip(x.float() / 255, rng.uniform(n) < 0.5)
+    down, right = rng.uniform(n, 2, low=-most, high=most + 1).floor().unbind(1)
+    return augment.shift(x, down, right)
+
+
+def strong_view(x, rng, crop_min, jitter):
+    """SimCLR's view (appendix A): crop, flip, colour distortion of strength `jitter`, greyscale."""
+    n, size, s = len(x), x.shape[-1], jitter
+    x = augment.resized_crop(x.float() / 255, *augment.crop_boxes(rng, n, size, size, scale=(crop_min, 1.0)), size)
+    x = augment.horizontal_flip(x, rng.uniform(n) < 0.5)
+    factors, order = augment.jitter_parameters(rng, n, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
+    x = augment.apply_where(rng.uniform(n) < 0.8, augment.color_jitter, x, factors, order)
+    return augment.apply_where(rng.uniform(n) < 0.2, augment.grayscale, x)
+
+
+# ---- model
+
+
+class GCRL(nn.Module):
+    """Axial-transformer encoder and autoregressive decoder over token grids (N, H, W) int64, H = W = image_size.
+
+    Encoder layer: a block of row attention, then one of column attention that sees the rows above and its own. So its
+    output at row r depends on all of the rows up to r and on no later one; shifted down one row it is a context for the
+    decoder, whose blocks of masked row attention add the tokens to the left, shifted right one place.
+    """
+
+    def __init__(self, num_colours, image_size, width=256, encoder_layers=4, decoder_layers=4, heads=8,
+                 projection_dim=128):
+        super().__init__()
+        self.embedding = nn.Embedding(num_colours, width)
+        self.row_position = nn.Parameter(0.02 * torch.randn(image_size, 1, width))
+        self.column_position = nn.Parameter(0.02 * torch.randn(1, image_size, width))
+        self.encoder = nn.ModuleList(Block(width, heads, axis, causal=axis == "column")
+                                     for _ in range(encoder_layers) for axis in ("row", "column"))
+        self.encoder_norm = nn.LayerNorm(width)
+        self.decoder = nn.ModuleList(Block(width, heads, "row", causal=True) for _ in range(decoder_layers))
+        self.decoder_norm = nn.LayerNorm(width)
+        self.to_logits = nn.Linear(width, num_colours)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection_dim))
+        self.register_buffer("palette", torch.zeros(num_colours, 3))          # what the tokens stand for
+        self.register_buffer("first_pixel", torch.ones(num_colours))          # weights to draw x_1, which L_g leaves out
+        init_weights(self, depth=2 * encoder_layers + decoder_layers)
+
+    @property
+    def position(self):
+        return self.row_position + self.column_position                       # (H, W, C)
+
+    def encode_grid(self, tokens):
+        x = self.embedding(tokens) + self.position                            # (N, H, W, C)
+        for block in self.encoder:
+            x = block(x)
+        return self.encoder_norm(x)
+
+    def encode(self, tokens):
+        """The feature of each image: (N, H, W) tokens to (N, width), the mean over all positions."""
+        return self.encode_grid(tokens).mean(dim=(1, 2))
+
+    def decode(self, grid, tokens):
+        """The encoder's output (N, H, W, C) and the tokens to logits (N, H, W, V)."""
+        above = F.pad(grid, (0, 0, 0, 0, 1, 0))[:, :-1]                       # row r holds the encoder's row r - 1
+        left = F.pad(self.embedding(tokens), (0, 0, 1, 0))[:, :, :-1]         # place w holds the token at w - 1
+        x = above + left + self.position
+        for block in self.decoder:
+            x = block(x)
+        return self.to_logits(self.decoder_norm(x))
+
+    def logits(self, tokens):
+        """(N, H, W, V): the logits at k predict x_k from x_<k."""
+        return self.decode(self.encode_grid(tokens), tokens)
+
+    def log_prob(self, tokens):
+        """sum_{k=2..D} log p(x_k | x_<k) of each image, in nats: (N,)."""
+        return log_likelihood(self.logits(tokens), tokens)
+
+    def forward(self, x1, x2, generate, contrast):
+        """What a training step needs, the encoder run once: log p(x1) (N,) or None, z1 and z2 or None, features."""
+        grid = self.encode_grid(torch.cat([x1, x2]) if contrast else x1)
+        log_p = log_likelihood(self.decode(grid[: len(x1)], x1), x1) if generate else None
+        h = grid.mean(dim=(1, 2))                                             # (2N, C), or (N, C) without contrast
+        z1, z2 = self.head(h).float().chunk(2) if contrast else (None, None)  # (N, projection_dim)
+        return log_p, z1, z2, h
+
+    @torch.no_grad()
+    def sample(self, n, temperature=1.0, top_k=None, given=None, rows=0, generator=None):
+        """Draws n token grids (n, H, W), pixel by pixel.
+
+        temperature > 0 divides the logits; top_k keeps the likeliest so many colours. given: (n, H, W) tokens of which
+        the first `rows` rows are kept and the rest drawn. generator: on the model's device.
+        A pixel costs the decoder at one position, a row the encoder on one row: keys and values before are cached.
+        """
+        height, width = self.row_position.shape[0], self.column_position.shape[1]
+        position, device = self.position, self.position.device
+        tokens = torch.zeros(n, height, width, dtype=torch.int64, device=device)
+        columns = [block.new_cache(n * width, height) if block.axis == "column" else None for block in self.encoder]
+        rowwise = [block.new_cache(n, width) for block in self.decoder]
+        above = torch.zeros(n, width, position.shape[-1], device=device)      # the encoder's output on the row before
+        for r in range(height):
+            if r < rows:
+                tokens[:, r] = given[:, r]
+            else:
+                context = above + position[r]                                 # (n, W, C)
+                for w in range(width):
+                    x = context[:, w] + (self.embedding(tokens[:, r, w - 1]) if w > 0 else 0)
+                    for block, cache in zip(self.decoder, rowwise):
+                        x = block.step(x, cache, w)
+                    logits = self.to_logits(self.decoder_norm(x)).float() / temperature                 # (n, V)
+                    if r == 0 and w == 0:
+                        logits = self.first_pixel.log().expand(n, -1)
+                    elif top_k is not None and top_k < logits.shape[1]:
+                        least = logits.topk(top_k, dim=1).values[:, -1:]
+                        logits = logits.masked_fill(logits < least, -math.inf)
+                    tokens[:, r, w] = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
+            x = self.embedding(tokens[:, r]) + position[r]                    # (n, W, C)
+            for block, cache in zip(self.encoder, columns):
+                if cache is None:
+                    x = block(x[:, None])[:, 0]
+                else:
+                    x = block.step(x.flatten(0, 1), cache, r).unflatten(0, (n, width))
+            above = self.encoder_norm(x)
+        return tokens
+
+
+def log_likelihood(logits, tokens):
+    """logits (N, H, W, V), tokens (N, H, W) to sum_{k=2..D} log p(x_k | x_<k), (N,), in float32 nats."""
+    nats = F.cross_entropy(logits.float().flatten(0, 2), tokens.flatten(), reduction="none").view(len(tokens), -1)
+    return -nats[:, 1:].sum(dim=1)
+
+
+# ---- loss
+
+
+def nt_xent(z1, z2, tau):
+    """L_c: z1, z2 (N, D) projections of the two views, normalised here, to a scalar. Chance level: log(2N - 1)."""
+    n = len(z1)
+    z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                       # (2N, D)
+    logits = z @ z.T / tau
+    logits = logits.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -math.inf)         # j != i
+    return F.cross_entropy(logits, torch.arange(2 * n, device=z.device).roll(n))
+
+
+# ---- arguments
+
+DEFAULTS = {  # of a data set, where they differ from those below
+    "shapes": dict(image_size=16, colours=32, width=64, encoder_layers=1, decoder_layers=1, heads=4, epochs=3,
+                   batch_size=128, lr=3e-3),
+}
+
+
+def arguments(argv):
+    parser = cli.Parser(prog="gcrl.py", description="GCRL. Defaults are those of --dataset shapes; with another "
+                        "--dataset beside --help, that one's.")
+    add = parser.add_argument
+    add("--dataset", choices=NAMES, default="shapes", help="what to train on; shapes and folder need no download")
+    add("--image-size", type=cli.number(int, 8, True), default=32, help="side of the images, pixels (tokens: its square)")
+    add("--alpha", type=cli.nonnegative, default=1.0, help="weight of the generative loss L_g")
+    add("--beta", type=cli.nonnegative, default=1.0, help="weight of the contrastive loss L_c")
+    add("--colours", type=cli.number(int, 2, True, 4096), default=512, help="colours of the palette")
+    add("--width", type=cli.count, default=256, help="channels of the transformer")
+    add("--encoder-layers", type=cli.count, default=4, help="pairs of row and column attention")
+    add("--decoder-layers", type=cli.count, default=4, help="blocks of masked row attention")
+    add("--heads", type=cli.count, default=8, help="attention heads, a divisor of the width")
+    add("--crop-min", type=cli.number(float, 0, high=1), default=0.08, help="strong view: least share of the area kept")
+    add("--jitter", type=cli.nonnegative, default=0.5, help="strong view: strength s of the colour distortion")
+    add("--epochs", type=cli.count, default=100, help="passes over the training images")
+    add("--warmup", type=cli.number(float, 0, True, 1), default=0.05, help="share of the epochs in which the rate rises")
+    add("--batch-size", type=cli.number(int, 2, True), default=256, help="images a step, over all processes")
+    add("--lr", type=cli.positive, default=1e-3, help="peak learning rate of AdamW")
+    add("--weight-decay", type=cli.nonnegative, default=0.01, help="AdamW's decay of all weights but biases and norms")
+    add("--tau", type=cli.positive, default=0.2, help="temperature of the contrastive loss")
+    cli.add_run_flags(parser)
+    args = parse(parser, argv, DEFAULTS)
+    if args.alpha == args.beta == 0:
+        raise cli.Refusal("--alpha 0 --beta 0 leaves nothing to learn: give one of them a weight")
+    if args.width % args.heads:
+        raise cli.Refusal(f"--heads {args.heads} does not divide --width {args.width}")
+    return args
+
+
+# ---- training
+
+
+def main(argv=None):
+    """Trains, evaluates and writes the run's folder. Returns the final metrics (result.json)."""
+    args = arguments(argv)
+    generate, contrast = args.alpha > 0, args.beta > 0
+    device = cli.pick_device(args.device)
+    amp = cli.pick_amp(args.amp, device)
+    rank, world = distributed.start(device)
+    data, steps = distributed.first_alone(load_for, args, device, world)
+    some = data.train.at(torch.arange(len(data.train))[:: -(-len(data.train) // 2000)])                 # (<= 2000, 3, S, S)
+    palette = fit_palette(some, args.colours, args.seed)
+    tokens = quantise(some, palette)
+
+    def new_model():
+        torch.manual_seed(args.seed)
+        model = GCRL(len(palette), args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
+        model.palette.copy_(palette)
+        model.first_pixel.copy_(torch.bincount(tokens[:, 0, 0], minlength=len(palette)))
+        return model.to(device)
+
+    model = new_model()
+    net = model
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not (generate and contrast))
+    net = torch.compile(net) if args.compile else net
+    groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95))
+    autocast = torch.autocast(device.type, amp, enabled=amp is not None)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    rng = augment.Random(args.seed, rank, world)
+
+    run = Run("gcrl", vars(args), device, rank)
+    predicted = args.image_size**2 - 1                                        # tokens that L_g scores
+    metrics = {}
+    if generate:
+        metrics["nats"] = ("nats/token", f"uniform {math.log(len(palette)):.3f}")
+    if contrast:
+        metrics["contrastive"] = ("L_c", f"chance {math.log(2 * args.batch_size - 1):.3f}")
+    metrics["spread"] = ("spread", "")
+    progress = Progress(run, args.epochs, steps, steps * args.batch_size, metrics)
+    run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng, progress=progress)
+    epoch, step = run.restore()
+    run.describe(vars(args), precision=amp or torch.float32, images=len(data.train), steps=steps, processes=world)
+    net.train()
+    with run:
+        while epoch < args.epochs:
+            order = epoch_order(len(data.train), args.batch_size, args.seed, epoch, rank, world)[step:]
+            for step, x in enumerate(data.train.batches(order), step):
+                x1 = quantise(weak_view(x, rng), model.palette)                     # (N, H, W) tokens
+                x2 = quantise(strong_view(x, rng, args.crop_min, args.jitter), model.palette) if contrast else None
+                rate = args.lr * cosine(epoch * steps + step, args.epochs * steps, args.warmup * args.epochs * steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                with autocast:
+                    log_p, z1, z2, h = net(x1, x2, generate, contrast)
+                loss, values = 0.0, []
+                if generate:
+                    nats = -log_p.mean() / predicted
+                    loss, values = loss + args.alpha * nats, values + [nats]
+                if contrast:
+                    contrastive = nt_xent(distributed.gather(z1), distributed.gather(z2), args.tau)
+                    loss, values = loss + args.beta * contrastive, values + [contrastive]
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                scaler.step(optimizer)
+                scaler.update()
+                progress.update(epoch, step, [*values, spread(h)])
+                if run.stop_requested(device):
+                    run.stop(epoch, step + 1)
+            progress.end_epoch(epoch, lr=optimizer.param_groups[0]["lr"])
+            epoch, step = epoch + 1, 0
+            run.save(epoch, step)
+    if rank > 0:
+        return {}
+
+    def encoder(model):
+        def encode(x):                                                        # uint8 (N, 3, S, S) to (N, width)
+            with autocast:
+                return model.encode(quantise(x, model.palette))
+        return encode, model
+
+    def log_prob(x):                                                          # uint8 (N, 3, S, S) to (N, 1)
+        with autocast:
+            return model.log_prob(quantise(x, model.palette))[:, None]
+
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(("decoder", "to_logits", "head"))}
+    run.write("encoder.pt", lambda path: torch.save(state, path))
+    rng, x = augment.Random(args.seed), some[:32].to(device)
+    views = weak_view(x, rng), strong_view(x, rng, args.crop_min, args.jitter)
+    shown = [dequantise(quantise(v, model.palette), model.palette) for v in views]
+    run.write("views.png", lambda path: pictures.pairs(path, *shown))
+    more = {"palette_error": (dequantise(tokens, palette) - some / 255).square().mean().sqrt().item() * 255}
+    if generate:
+        held = data.test or data.train
+        more["nats"] = -linear_probe.features(log_prob, held, model, 128).mean().item() / predicted
+        more["bits"] = more["nats"] / math.log(2)
+        run.say(f"\n{'test' if data.test else 'training'} images: {more['nats']:.3f} nats, {more['bits']:.3f} bits per "
+                f"predicted token (uniform {math.log(len(palette)):.3f} nats); the palette is off by "
+                f"{more['palette_error']:.1f} of 255 (RMS), so these are not bits per dimension")
+        generator = torch.Generator(device).manual_seed(args.seed)
+        drawn = model.eval().sample(64, generator=generator)
+        run.write("samples.png", lambda path: pictures.tiles(path, dequantise(drawn, model.palette), 8))
+        given = quantise(held.at(torch.arange(min(24, len(held)))).to(device), model.palette)
+        completed = model.sample(len(given), given=given, rows=args.image_size // 2, generator=generator)
+        shown = [dequantise(t, model.palette) for t in (completed, given)]
+        run.write("completions.png", lambda path: pictures.pairs(path, *shown))
+    return run.finish(data, {"untrained": encoder(new_model()), "trained": encoder(model)}, device, **more)
+
+
+if __name__ == "__main__":
+    cli.program(main)
