@@ -1,7 +1,7 @@
-"""GCRL: Generative-Contrastive Representation Learning (2106.06162), an axial transformer trained on two losses at once.
+"""GCRL: Generative-Contrastive Representation Learning (2106.06162), an axial transformer trained on two losses.
 
-An image is D = H W tokens of a colour palette, in raster order. x1 is a weakly, x2 a strongly augmented view of each of N
-images, z1 and z2 their normalised projections:
+An image is D = H W tokens of a colour palette, in raster order. x1 is a weakly, x2 a strongly augmented view of each
+of N images, z1 and z2 their normalised projections:
 
     L   = alpha L_g + beta L_c
     L_g = -1/N  sum_i sum_{k=2..D} log p(x1[i,k] | x1[i,<k])
@@ -9,10 +9,11 @@ images, z1 and z2 their normalised projections:
                       + log e^(z2_i.z1_i/tau) / (sum_{j!=i} e^(z2_i.z2_j/tau) + sum_j e^(z2_i.z1_j/tau)) )
 
 The encoder's output, averaged over the positions, is the feature; the same output, one row further up, is what the
-decoder predicts the tokens from. Widths, depths, temperature and schedule are our choices: the paper's are not known here.
+decoder predicts the tokens from. --alpha weighs L_g per predicted token, L_g / (D - 1), so that both losses are a few
+nats: --alpha D-1 is the equation to the letter. Widths, depths, temperature and schedule are our choices, too.
 
-    python gcrl.py                                              # embedded data, two minutes on two cores
-    python gcrl.py --dataset cifar10 --alpha 1 --beta 1         # the hybrid; --beta 0: generative; --alpha 0: contrastive
+    python gcrl.py                                          # embedded data, two minutes on two cores
+    python gcrl.py --dataset cifar10 --alpha 1 --beta 1     # hybrid; --beta 0: generative; --alpha 0: contrastive
 """
 import math
 
@@ -22,7 +23,7 @@ from torch import nn
 
 from common import augment, cli, distributed, linear_probe, pictures
 from common.data import NAMES, epoch_order, load_for
-from common.run import Progress, Run, cosine, parse, spread
+from common.run import Progress, Run, cosine, parse, set_rate, spread
 from common.transformer import Block, init_weights
 
 # ---- palette: pixels as tokens (iGPT, Chen et al. 2020)
@@ -41,35 +42,31 @@ def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=30):
     the drawn pixels have fewer colours than that.
     """
     generator = torch.Generator().manual_seed(seed)
-    x = to_float(images).cpu().permute(0, 2, 3, 1).reshape(-1, 3)
+    x = (images / 255 if images.dtype == torch.uint8 else images).permute(0, 2, 3, 1).reshape(-1, 3)
     x = x[torch.randperm(len(x), generator=generator)[:pixels]]
     num_colours = min(num_colours, len(x.unique(dim=0)))
     palette = x[:1]
     distance = torch.full((len(x),), math.inf)
-    while len(palette) < num_colours:                                         # far points are likelier to be chosen
+    while len(palette) < num_colours:                                         # far colours are likelier to be drawn
         distance = torch.minimum(distance, (x - palette[-1]).square().sum(dim=1))
         palette = torch.cat([palette, x[torch.multinomial(distance, 1, generator=generator)]])
     for _ in range(iterations):
         token = nearest(x, palette)
         count = torch.bincount(token, minlength=num_colours)[:, None]
-        mean = torch.zeros_like(palette).index_add_(0, token, x) / count.clamp(min=1)
+        mean = torch.zeros_like(palette).index_add_(0, token, x) / count
         palette = torch.where(count > 0, mean, palette)
     return palette
 
 
 def quantise(x, palette):
     """Images (N, 3, H, W), uint8 or floats in [0, 1], to tokens (N, H, W), indices into the palette (V, 3)."""
-    pixels = to_float(x).permute(0, 2, 3, 1)                                  # (N, H, W, 3)
+    pixels = (x / 255 if x.dtype == torch.uint8 else x).permute(0, 2, 3, 1)   # (N, H, W, 3)
     return nearest(pixels.reshape(-1, 3), palette).view(pixels.shape[:3])
 
 
 def dequantise(tokens, palette):
     """Tokens (N, H, W) to floats (N, 3, H, W) in [0, 1]."""
     return palette[tokens].permute(0, 3, 1, 2)
-
-
-def to_float(x):
-    return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
 # ---- augmentation
@@ -118,15 +115,11 @@ class GCRL(nn.Module):
         self.to_logits = nn.Linear(width, num_colours)
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection_dim))
         self.register_buffer("palette", torch.zeros(num_colours, 3))          # what the tokens stand for
-        self.register_buffer("first_pixel", torch.ones(num_colours))          # weights to draw x_1, which L_g leaves out
+        self.register_buffer("first_pixel", torch.ones(num_colours))          # weights of x_1, which L_g leaves out
         init_weights(self, depth=2 * encoder_layers + decoder_layers)
 
-    @property
-    def position(self):
-        return self.row_position + self.column_position                       # (H, W, C)
-
     def encode_grid(self, tokens):
-        x = self.embedding(tokens) + self.position                            # (N, H, W, C)
+        x = self.embedding(tokens) + self.row_position + self.column_position                # (N, H, W, C)
         for block in self.encoder:
             x = block(x)
         return self.encoder_norm(x)
@@ -139,7 +132,7 @@ class GCRL(nn.Module):
         """The encoder's output (N, H, W, C) and the tokens to logits (N, H, W, V)."""
         above = F.pad(grid, (0, 0, 0, 0, 1, 0))[:, :-1]                       # row r holds the encoder's row r - 1
         left = F.pad(self.embedding(tokens), (0, 0, 1, 0))[:, :, :-1]         # place w holds the token at w - 1
-        x = above + left + self.position
+        x = above + left + self.row_position + self.column_position
         for block in self.decoder:
             x = block(x)
         return self.to_logits(self.decoder_norm(x))
@@ -169,7 +162,7 @@ class GCRL(nn.Module):
         A pixel costs the decoder at one position, a row the encoder on one row: keys and values before are cached.
         """
         height, width = self.row_position.shape[0], self.column_position.shape[1]
-        position, device = self.position, self.position.device
+        position, device = self.row_position + self.column_position, self.first_pixel.device   # (H, W, C)
         tokens = torch.zeros(n, height, width, dtype=torch.int64, device=device)
         columns = [block.new_cache(n * width, height) if block.axis == "column" else None for block in self.encoder]
         rowwise = [block.new_cache(n, width) for block in self.decoder]
@@ -211,8 +204,7 @@ def log_likelihood(logits, tokens):
 
 def nt_xent(z1, z2, tau):
     """L_c: z1, z2 (N, D) projections of the two views, normalised here, to a scalar. Chance level: log(2N - 1)."""
-    n = len(z1)
-    z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                       # (2N, D)
+    n, z = len(z1), F.normalize(torch.cat([z1, z2]).float(), dim=1)           # (2N, D)
     logits = z @ z.T / tau
     logits = logits.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -math.inf)         # j != i
     return F.cross_entropy(logits, torch.arange(2 * n, device=z.device).roll(n))
@@ -231,7 +223,7 @@ def arguments(argv):
                         "--dataset beside --help, that one's.")
     add = parser.add_argument
     add("--dataset", choices=NAMES, default="shapes", help="what to train on; shapes and folder need no download")
-    add("--image-size", type=cli.number(int, 8, True), default=32, help="side of the images, pixels (tokens: its square)")
+    add("--image-size", type=cli.number(int, 8, True), default=32, help="side of the images, pixels")
     add("--alpha", type=cli.nonnegative, default=1.0, help="weight of the generative loss L_g")
     add("--beta", type=cli.nonnegative, default=1.0, help="weight of the contrastive loss L_c")
     add("--colours", type=cli.number(int, 2, True, 4096), default=512, help="colours of the palette")
@@ -242,7 +234,7 @@ def arguments(argv):
     add("--crop-min", type=cli.number(float, 0, high=1), default=0.08, help="strong view: least share of the area kept")
     add("--jitter", type=cli.nonnegative, default=0.5, help="strong view: strength s of the colour distortion")
     add("--epochs", type=cli.count, default=100, help="passes over the training images")
-    add("--warmup", type=cli.number(float, 0, True, 1), default=0.05, help="share of the epochs in which the rate rises")
+    add("--warmup", type=cli.number(float, 0, True, 1), default=0.05, help="share of the epochs with a rising rate")
     add("--batch-size", type=cli.number(int, 2, True), default=256, help="images a step, over all processes")
     add("--lr", type=cli.positive, default=1e-3, help="peak learning rate of AdamW")
     add("--weight-decay", type=cli.nonnegative, default=0.01, help="AdamW's decay of all weights but biases and norms")
@@ -267,7 +259,7 @@ def main(argv=None):
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     data, steps = distributed.first_alone(load_for, args, device, world)
-    some = data.train.at(torch.arange(len(data.train))[:: -(-len(data.train) // 2000)])                 # (<= 2000, 3, S, S)
+    some = data.train.at(torch.arange(0, len(data.train), -(-len(data.train) // 2000)))       # 2000 or fewer images
     palette = fit_palette(some, args.colours, args.seed)
     tokens = quantise(some, palette)
 
@@ -279,26 +271,21 @@ def main(argv=None):
         return model.to(device)
 
     model = new_model()
-    net = model
-    if world > 1:
-        net = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not (generate and contrast))
+    net = distributed.wrap(model, all_used=generate and contrast)
     net = torch.compile(net) if args.compile else net
-    groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95))
+    vectors, matrices = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (False, True))
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     rng = augment.Random(args.seed, rank, world)
 
     run = Run("gcrl", vars(args), device, rank)
     predicted = args.image_size**2 - 1                                        # tokens that L_g scores
-    metrics = {}
-    if generate:
-        metrics["nats"] = ("nats/token", f"uniform {math.log(len(palette)):.3f}")
-    if contrast:
-        metrics["contrastive"] = ("L_c", f"chance {math.log(2 * args.batch_size - 1):.3f}")
-    metrics["spread"] = ("spread", "")
-    progress = Progress(run, args.epochs, steps, steps * args.batch_size, metrics)
+    metrics = {"nats": ("nats/token", f"uniform {math.log(len(palette)):.3f}")} if generate else {}
+    metrics |= {"contrastive": ("L_c", f"chance {math.log(2 * args.batch_size - 1):.3f}")} if contrast else {}
+    metrics |= {"spread": ("spread", "")}
+    progress = Progress(run, args.epochs, steps, args.batch_size, metrics)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng, progress=progress)
     epoch, step = run.restore()
     run.describe(vars(args), precision=amp or torch.float32, images=len(data.train), steps=steps, processes=world)
@@ -307,27 +294,21 @@ def main(argv=None):
         while epoch < args.epochs:
             order = epoch_order(len(data.train), args.batch_size, args.seed, epoch, rank, world)[step:]
             for step, x in enumerate(data.train.batches(order), step):
-                x1 = quantise(weak_view(x, rng), model.palette)                     # (N, H, W) tokens
+                x1 = quantise(weak_view(x, rng), model.palette)               # (N, H, W) tokens
                 x2 = quantise(strong_view(x, rng, args.crop_min, args.jitter), model.palette) if contrast else None
-                rate = args.lr * cosine(epoch * steps + step, args.epochs * steps, args.warmup * args.epochs * steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+                set_rate(optimizer, args.lr * cosine(epoch * steps + step, args.epochs * steps, args.warmup))
                 with autocast:
                     log_p, z1, z2, h = net(x1, x2, generate, contrast)
-                loss, values = 0.0, []
-                if generate:
-                    nats = -log_p.mean() / predicted
-                    loss, values = loss + args.alpha * nats, values + [nats]
-                if contrast:
-                    contrastive = nt_xent(distributed.gather(z1), distributed.gather(z2), args.tau)
-                    loss, values = loss + args.beta * contrastive, values + [contrastive]
+                l_g = [-log_p.mean() / predicted] if generate else []         # a list: of one loss, or none
+                l_c = [nt_xent(distributed.gather(z1), distributed.gather(z2), args.tau)] if contrast else []
+                loss = args.alpha * sum(l_g) + args.beta * sum(l_c)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 scaler.step(optimizer)
                 scaler.update()
-                progress.update(epoch, step, [*values, spread(h)])
+                progress.update(epoch, step, [*l_g, *l_c, spread(h)])
                 if run.stop_requested(device):
                     run.stop(epoch, step + 1)
             progress.end_epoch(epoch, lr=optimizer.param_groups[0]["lr"])
@@ -337,36 +318,35 @@ def main(argv=None):
         return {}
 
     def encoder(model):
-        def encode(x):                                                        # uint8 (N, 3, S, S) to (N, width)
+        def encode(x):                                                        # uint8 (N, 3, S, S)
             with autocast:
-                return model.encode(quantise(x, model.palette))
+                return model.encode(quantise(x, model.palette))               # (N, width)
         return encode, model
 
-    def log_prob(x):                                                          # uint8 (N, 3, S, S) to (N, 1)
+    def log_prob(x):
         with autocast:
-            return model.log_prob(quantise(x, model.palette))[:, None]
+            return model.log_prob(quantise(x, model.palette))[:, None]        # (N, 1)
+
+    def picture(name, *tokens):
+        run.write(name, lambda path: pictures.rows(path, *(dequantise(t, model.palette) for t in tokens)))
 
     state = {k: v for k, v in model.state_dict().items() if not k.startswith(("decoder", "to_logits", "head"))}
     run.write("encoder.pt", lambda path: torch.save(state, path))
-    rng, x = augment.Random(args.seed), some[:32].to(device)
+    rng, x, held = augment.Random(args.seed), some[:32].to(device), data.test or data.train
     views = weak_view(x, rng), strong_view(x, rng, args.crop_min, args.jitter)
-    shown = [dequantise(quantise(v, model.palette), model.palette) for v in views]
-    run.write("views.png", lambda path: pictures.pairs(path, *shown))
+    picture("views.png", *(quantise(v, model.palette) for v in views))
     more = {"palette_error": (dequantise(tokens, palette) - some / 255).square().mean().sqrt().item() * 255}
     if generate:
-        held = data.test or data.train
         more["nats"] = -linear_probe.features(log_prob, held, model, 128).mean().item() / predicted
         more["bits"] = more["nats"] / math.log(2)
         run.say(f"\n{'test' if data.test else 'training'} images: {more['nats']:.3f} nats, {more['bits']:.3f} bits per "
-                f"predicted token (uniform {math.log(len(palette)):.3f} nats); the palette is off by "
-                f"{more['palette_error']:.1f} of 255 (RMS), so these are not bits per dimension")
+                f"predicted token (uniform {math.log(len(palette)):.3f} nats); not bits per dimension: the palette is "
+                f"off by {more['palette_error']:.1f} of 255 (RMS)")
         generator = torch.Generator(device).manual_seed(args.seed)
-        drawn = model.eval().sample(64, generator=generator)
-        run.write("samples.png", lambda path: pictures.tiles(path, dequantise(drawn, model.palette), 8))
-        given = quantise(held.at(torch.arange(min(24, len(held)))).to(device), model.palette)
+        picture("samples.png", model.eval().sample(64, generator=generator))
+        given = quantise(held.at(torch.arange(min(32, len(held)))).to(device), model.palette)
         completed = model.sample(len(given), given=given, rows=args.image_size // 2, generator=generator)
-        shown = [dequantise(t, model.palette) for t in (completed, given)]
-        run.write("completions.png", lambda path: pictures.pairs(path, *shown))
+        picture("completions.png", given, completed)
     return run.finish(data, {"untrained": encoder(new_model()), "trained": encoder(model)}, device, **more)
 
 

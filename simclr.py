@@ -11,13 +11,15 @@ The loss is the mean over the 2N views. What is kept, and probed, is h.
     python simclr.py --dataset cifar10                      # ResNet-18, 200 epochs
     torchrun --nproc-per-node 4 simclr.py --dataset cifar10 # the same run on four GPUs
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import augment, cli, distributed, linear_probe, pictures, resnet
 from common.data import NAMES, epoch_order, load_for
-from common.run import Progress, Run, cosine, parse, spread
+from common.run import Progress, Run, cosine, parse, set_rate, spread
 
 # ---- augmentation (appendix A; appendix B.9 for CIFAR)
 
@@ -137,11 +139,11 @@ def arguments(argv):
     add("--jitter", type=cli.nonnegative, default=0.5, help="strength s of the colour distortion (ImageNet: 1)")
     add("--blur", type=cli.number(float, 0, True, 1), default=0.0, help="share of the views blurred (ImageNet: 0.5)")
     add("--epochs", type=cli.count, default=200, help="passes over the training images")
-    add("--warmup", type=cli.number(float, 0, True, 1), default=0.05, help="share of the epochs in which the rate rises")
+    add("--warmup", type=cli.number(float, 0, True, 1), default=0.05, help="share of the epochs with a rising rate")
     add("--batch-size", type=cli.number(int, 2, True), default=512, help="images a step, over all processes")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="lars is the paper's, for batches above 1024")
     add("--lr", type=cli.positive, default=0.1, help="peak learning rate for 256 images; scaled by batch size / 256")
-    add("--weight-decay", type=cli.nonnegative, default=1e-4, help="L2 penalty on all weights but biases and batch norm")
+    add("--weight-decay", type=cli.nonnegative, default=1e-4, help="of all weights but biases and batch norm")
     add("--tau", type=cli.positive, default=0.5, help="temperature of the loss")
     cli.add_run_flags(parser)
     return parse(parser, argv, DEFAULTS)
@@ -164,7 +166,7 @@ def main(argv=None):
         return distributed.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
 
     model = new_model()
-    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    net = distributed.wrap(model)
     net = torch.compile(net) if args.compile else net
     lr = args.lr * args.batch_size / 256
     groups = parameter_groups(model, args.weight_decay)
@@ -177,8 +179,8 @@ def main(argv=None):
     rng, recipe = augment.Random(args.seed, rank, world), (args.image_size, args.crop_min, args.jitter, args.blur)
 
     run = Run("simclr", vars(args), device, rank)
-    metrics = {"loss": ("loss", f"chance {torch.tensor(2.0 * args.batch_size - 1).log():.3f}"), "spread": ("spread", "")}
-    progress = Progress(run, args.epochs, steps, steps * args.batch_size, metrics)
+    metrics = {"loss": ("loss", f"chance {math.log(2 * args.batch_size - 1):.3f}"), "spread": ("spread", "")}
+    progress = Progress(run, args.epochs, steps, args.batch_size, metrics)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng, progress=progress)
     epoch, step = run.restore()
     run.describe(vars(args), precision=amp or torch.float32, images=len(data.train), steps=steps, processes=world)
@@ -188,9 +190,7 @@ def main(argv=None):
             order = epoch_order(len(data.train), args.batch_size, args.seed, epoch, rank, world)[step:]
             for step, x in enumerate(data.train.batches(order), step):
                 views = torch.cat([view(x, rng, *recipe) for _ in range(2)])       # (2N, 3, S, S)
-                rate = lr * cosine(epoch * steps + step, args.epochs * steps, args.warmup * args.epochs * steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+                set_rate(optimizer, lr * cosine(epoch * steps + step, args.epochs * steps, args.warmup))
                 with autocast:
                     h, z = net(views.contiguous(memory_format=torch.channels_last))
                 z1, z2 = z.float().chunk(2)                                   # (N, projection_dim) each
@@ -218,7 +218,7 @@ def main(argv=None):
     run.write("encoder.pt", lambda path: torch.save(model.encoder.state_dict(), path))
     x, rng = data.train.at(torch.arange(min(32, len(data.train)))), augment.Random(args.seed)
     x1, x2 = (view(x, rng, *recipe) for _ in range(2))
-    run.write("views.png", lambda path: pictures.pairs(path, x1, x2))
+    run.write("views.png", lambda path: pictures.rows(path, x1, x2))
     return run.finish(data, {"untrained": encoder(new_model()), "trained": encoder(model)}, device)
 
 

@@ -1,8 +1,8 @@
 """Augmentation of a whole batch at once, with parameters of each image's own.
 
-Images x are (N, 3, H, W) floats in [0, 1] on any device. Parameters are (N,) tensors on the CPU, drawn by `Random`, so a
-seed gives the same views on every device. Given the same parameters each operation agrees with the function of its name
-in `torchvision.transforms.functional`. The recipes (which operation, how strong, how often) stand in the scripts.
+Images x are (N, 3, H, W) floats in [0, 1] on any device. Parameters are (N,) tensors on the CPU, drawn by `Random`, so
+a seed gives the same views on every device. Given the same parameters each operation agrees with the function of its
+name in `torchvision.transforms.functional`. The recipes (which operation, how strong, how often) stand in the scripts.
 """
 import torch
 import torch.nn.functional as F
@@ -99,8 +99,8 @@ def crop_boxes(rng, n, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     h = torch.where(fits.any(1), h, float(whole_h))
     top = (rng.uniform(n) * (height - h + 1)).floor()
     left = (rng.uniform(n) * (width - w + 1)).floor()
-    centred = ~fits.any(1)
-    top, left = torch.where(centred, ((height - h) / 2).floor(), top), torch.where(centred, ((width - w) / 2).floor(), left)
+    top = torch.where(fits.any(1), top, ((height - h) / 2).floor())           # the whole image's box is centred
+    left = torch.where(fits.any(1), left, ((width - w) / 2).floor())
     return top, left, h, w
 
 

@@ -1,4 +1,4 @@
-"""What every script does at its command line: flags with a range, one-sentence refusals, the device and its precision."""
+"""What every script does at its command line: flags with a range, one-sentence refusals, device and precision."""
 import argparse
 import math
 import os
@@ -11,12 +11,21 @@ class Refusal(ValueError):
     """Something the user has to change. Its text is one sentence that names the flag or the file and the way out."""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """A flag a line, with its default where it has one."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=120)
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, with the default in every flag's help and errors as a Refusal."""
+    """argparse with errors as a Refusal."""
 
     def __init__(self, **kwargs):
-        wide = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=32, width=120)
-        super().__init__(formatter_class=wide, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise Refusal(f"{message} (--help lists the flags)")
@@ -29,7 +38,8 @@ def number(kind, low, low_included=False, high=math.inf):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {bound}") from None
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}") from None
         if not (low < value or low_included and low == value) or value > high or not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not {bound}")
         return value
@@ -45,11 +55,12 @@ nonnegative = number(float, 0, True)
 def add_run_flags(parser):
     """The flags that mean the same to every method: where the data is, what the run uses and where it is kept."""
     add = parser.add_argument
-    add("--data-dir", default="data", help="folder of downloads, or of your images: DIR/train/CLASS/*, DIR/test/CLASS/*")
+    add("--data-dir", default="data", metavar="DIR",
+        help="folder of downloads, or of your images (DIR/train/CLASS/*, DIR/test/CLASS/*)")
     add("--seed", type=count_or_zero, default=0, help="of the weights, the order, the augmentation, and of shapes")
-    add("--device", default="auto", help="auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-        help="mixed precision; auto: bf16 where the hardware has it, fp16 on older GPUs, else off (float32)")
+        help="mixed precision; auto takes bf16, fp16 or off as the hardware has it")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--workers", type=count_or_zero, default=cores(), help="processes that decode images")
     add("--cache-gb", type=nonnegative, default=8.0, help="GB of decoded images kept on the device; more is streamed")

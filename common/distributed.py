@@ -18,6 +18,16 @@ def start(device):
     return dist.get_rank(), dist.get_world_size()
 
 
+def wrap(module, all_used=True):
+    """The module with its gradients averaged over the processes; unchanged in a plain run.
+
+    all_used: whether each step's loss depends on all of its parameters.
+    """
+    if not dist.is_initialized():
+        return module
+    return nn.parallel.DistributedDataParallel(module, find_unused_parameters=not all_used)
+
+
 def gather(x):
     """(n, ...) of each process to (n * world, ...) in rank order, differentiably.
 

@@ -10,8 +10,8 @@ def linear_probe(train_x, train_y, test_x, test_y):
 
     train_x (N, D), test_x (M, D) floats; train_y (N,), test_y (M,) int64, all on one device. Features are standardised
     with the training features' mean and deviation. The weight of the L2 penalty is the best of `L2` on a tenth of the
-    training set held out at random, and the final fit uses all of it; the test set is looked at once. Full-batch L-BFGS,
-    in float32.
+    training set held out at random, and the final fit uses all of it; the test set is looked at once. Full-batch
+    L-BFGS, in float32.
     """
     mean, deviation = train_x.float().mean(dim=0), train_x.float().std(dim=0).clamp(min=1e-6)
     train_x, test_x = (train_x.float() - mean) / deviation, (test_x.float() - mean) / deviation

@@ -12,10 +12,9 @@ def tiles(path, images, columns):
     save_image(make_grid(images, nrow=columns, padding=2, pad_value=1.0), path, format="png")
 
 
-def pairs(path, x1, x2, columns=8):
-    """Rows of a view above the other view of the same image: x1, x2 (N, 3, S, S)."""
-    rows = [row for both in zip(x1.split(columns), x2.split(columns)) for row in both]
-    tiles(path, torch.cat(rows), columns)
+def rows(path, *images, columns=8):
+    """A row of each of the tensors (N, 3, S, S) in turn: views of the same images stand above one another."""
+    tiles(path, torch.cat([row for rows in zip(*(x.split(columns) for x in images)) for row in rows]), columns)
 
 
 def neighbours(path, queries, query_features, images, features, n=10, k=9):

@@ -1,4 +1,4 @@
-"""A run's folder: its settings, its log, a checkpoint that survives a kill at any moment, and what is on the terminal."""
+"""A run's folder (settings, log, a checkpoint that survives a kill at any moment) and what is on the terminal."""
 import json
 import math
 import os
@@ -42,8 +42,8 @@ def parse(parser, argv, defaults):
         changed = [k for k in stored if k not in FREE_ON_RESUME and getattr(args, k) != stored[k]]
         if changed:
             flag = "--" + changed[0].replace("_", "-")
-            raise Refusal(f"{flag} cannot change on --resume (the run has {stored[changed[0]]}): leave it out, or start "
-                          f"a new run")
+            raise Refusal(f"{flag} cannot change on --resume (the run has {stored[changed[0]]}): leave it out, or "
+                          f"start a new run")
         args.out = str(folder)
         return args
     dataset = argv[argv.index("--dataset") + 1] if "--dataset" in argv[:-1] else parser.get_default("dataset")
@@ -59,7 +59,7 @@ class Run:
     """
 
     def __init__(self, method, settings, device, rank=0):
-        """settings: plain values. Takes settings["resume"], or a new folder: settings["out"], else the next free one."""
+        """settings: plain values. The folder is settings["resume"], or new: settings["out"], else the next free one."""
         self.method, self.rank, self.tracked = method, rank, {}
         self.history, self.signal, self.resumed = [], None, bool(settings["resume"])
         if self.resumed:
@@ -219,10 +219,16 @@ def peak_memory(device):
 
 
 def cosine(step, steps, warmup):
-    """Factor of the peak learning rate: linear over `warmup` steps, then half a cosine down to 0 at `steps`."""
+    """Factor of the peak learning rate: linear over the share `warmup` of the steps, then half a cosine down to 0."""
+    warmup = warmup * steps
     if step < warmup:
         return min(1.0, (step + 1) / warmup)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def set_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def spread(h):
@@ -244,9 +250,9 @@ class Progress:
     loop does not wait for the device each step.
     """
 
-    def __init__(self, run, epochs, steps, images, metrics):
-        """steps, images: a whole epoch's."""
-        self.run, self.epochs, self.steps, self.images, self.metrics = run, epochs, steps, images, metrics
+    def __init__(self, run, epochs, steps, batch_size, metrics):
+        """steps: of an epoch."""
+        self.run, self.epochs, self.steps, self.images, self.metrics = run, epochs, steps, steps * batch_size, metrics
         self.pending, self.sums, self.seconds, self.last = [], [0.0] * len(metrics), 0.0, None
         self.shown, self.since, self.done, self.rate = 0.0, None, 0, 0.0
 
@@ -276,10 +282,10 @@ class Progress:
             return
         rows = torch.stack(self.pending).double().cpu().tolist()
         epoch, step = self.at
-        for i, row in enumerate(rows):
+        for at, row in enumerate(rows, step + 2 - len(rows)):
             if not all(map(math.isfinite, row)):
-                raise Refusal(f"the loss is not finite at step {step + 1 - len(rows) + i + 1} of epoch {epoch + 1}: lower "
-                              f"--lr (the last good checkpoint is kept in {self.run.folder})")
+                raise Refusal(f"the loss is not finite at step {at} of epoch {epoch + 1}: lower --lr (the last good "
+                              f"checkpoint is kept in {self.run.folder})")
             self.sums = [s + v for s, v in zip(self.sums, row)]
         self.pending, self.last = [], rows[-1]
         now = time.perf_counter()
@@ -295,7 +301,7 @@ class Progress:
         return "  ".join(words)
 
     def show(self, epoch, step):
-        left = (self.epochs * self.steps - epoch * self.steps - step - 1) / self.steps * self.images / max(self.rate, 1e-9)
+        left = (self.epochs - epoch - (step + 1) / self.steps) * self.images / max(self.rate, 1e-9)
         line = (f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.steps}  {self.text(self.last)}  "
                 f"{self.rate:,.0f} images/s  {clock(left)} left")
         self.line("\r" + line[: shutil.get_terminal_size().columns - 1] + "\033[K")

@@ -1,0 +1,190 @@
+"""Speed of the scripts on this machine:   python tests/bench.py [--device cuda] [--batch-size 128] [--repeats 5]
+
+Medians; alternatives are timed in turn, so that a noisy machine disturbs both.
+"""
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import gcrl  # noqa: E402
+import simclr  # noqa: E402
+from common import augment, cli, transformer  # noqa: E402
+from common.run import peak_memory  # noqa: E402
+
+
+def medians(device, repeats, *functions):
+    """Median seconds of each function, called in turn after a warm-up."""
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    seconds = [[] for _ in functions]
+    for function in functions:
+        function()
+    for _ in range(repeats):
+        for function, taken in zip(functions, seconds):
+            wait()
+            start = time.perf_counter()
+            function()
+            wait()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in seconds]
+
+
+def show(text, value, goal=""):
+    print(f"{text:68}{value:>14}  {goal}", flush=True)
+
+
+def bench_simclr(device, autocast, n, repeats, width):
+    x = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, device=device)
+    model = simclr.SimCLR("resnet18", "cifar", width).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    rng = augment.Random(0)
+    both = torch.rand(2 * n, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+
+    def views():
+        return torch.cat([simclr.view(x, rng, 32, 0.08, 0.5, 0.0) for _ in range(2)])
+
+    def step():
+        with autocast:
+            z = model(views().contiguous(memory_format=torch.channels_last))[1]
+        loss = simclr.nt_xent(*z.float().chunk(2), 0.5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def bare():
+        with autocast:
+            h = model.encoder(both)
+        h.float().square().mean().backward()
+        model.zero_grad()
+
+    full, encoder = medians(device, repeats, step, bare)
+    show(f"simclr, ResNet-18 width {width}: full step, images/s", f"{n / full:.0f}")
+    show("  bare encoder, forward and backward, images/s", f"{n / encoder:.0f}")
+    show("  step / bare encoder", f"{full / encoder:.2f}", "goal 1.15")
+    show("  peak memory, GB", f"{peak_memory(device) / 1e9:.2f}")
+
+
+def bench_augmentation(device, n, repeats):
+    x = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, device=device)
+    rng = augment.Random(0)
+    pil = [to_pil_image(image) for image in x[:256].cpu()]
+    pipeline = transforms.Compose([
+        transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip(),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+        transforms.RandomGrayscale(0.2), transforms.ToTensor()])
+    ours, theirs = medians(device, repeats, lambda: simclr.view(x, rng, 32, 0.08, 0.5, 0.0),
+                           lambda: [pipeline(image) for image in pil])
+    show("augmentation: views/s", f"{n / ours:.0f}")
+    show("  torchvision on PIL images, one process, views/s", f"{len(pil) / theirs:.0f}")
+    show("  ratio", f"{theirs / len(pil) * n / ours:.1f}", "goal 6")
+
+
+class Causal(nn.Module):
+    """The same number of blocks with full causal attention over the D tokens: iGPT's network."""
+
+    def __init__(self, like, width, heads, blocks):
+        super().__init__()
+        self.like = like
+        self.blocks = nn.ModuleList(transformer.Block(width, heads, "row", causal=True) for _ in range(blocks))
+
+    def forward(self, tokens):
+        x = self.like.embedding(tokens) + self.like.row_position + self.like.column_position
+        x = x.flatten(1, 2)[:, None]                                          # (N, 1, D, C), one row of all tokens
+        for block in self.blocks:
+            x = block(x)
+        return self.like.to_logits(self.like.decoder_norm(x))
+
+
+def bench_gcrl(device, autocast, n, repeats, width, layers):
+    heads, colours = width // 32, 512
+    model = gcrl.GCRL(colours, 32, width, layers, layers, heads).to(device)
+    full_attention = Causal(model, width, heads, 3 * layers).to(device)
+    tokens = torch.randint(0, colours, (n, 32, 32), device=device)
+
+    def step():
+        with autocast:
+            log_p, z1, z2, _ = model(tokens, tokens, True, True)
+        (-log_p.mean() / 1023 + gcrl.nt_xent(z1, z2, 0.2)).backward()
+        model.zero_grad()
+
+    def axial():
+        with autocast:
+            logits = model.logits(tokens)
+        F.cross_entropy(logits.float().flatten(0, 2), tokens.flatten()).backward()
+        model.zero_grad()
+
+    def causal():
+        with autocast:
+            logits = full_attention(tokens)
+        F.cross_entropy(logits.float().flatten(0, 2), tokens.flatten()).backward()
+        full_attention.zero_grad()
+
+    def encoder():
+        with autocast:
+            h = torch.cat([model.encode(tokens), model.encode(tokens)])
+        h.float().square().mean().backward()
+        model.zero_grad()
+
+    hybrid, bare, ours, theirs = medians(device, repeats, step, encoder, axial, causal)
+    name = f"gcrl, width {width}, {layers} encoder and {layers} decoder layers, 32 x 32"
+    show(f"{name}: step, images/s", f"{n / hybrid:.1f}")
+    show("  bare encoder on both views, forward and backward, images/s", f"{n / bare:.1f}")
+    show("  step / bare encoder (the step also decodes)", f"{hybrid / bare:.2f}")
+    show("  full causal attention / axial, seconds of a likelihood step", f"{theirs / ours:.1f}", "goal 2")
+
+    model.eval()
+    batch = tokens[:16]
+
+    @torch.no_grad()
+    def forward():
+        model.logits(batch)
+    sampling, once = medians(device, max(1, repeats // 2), lambda: model.sample(16), forward)
+    show("  sampling 16 images / a forward of 16 without gradient", f"{sampling / once:.1f}", "goal 8")
+    show("  peak memory, GB", f"{peak_memory(device) / 1e9:.2f}")
+
+
+def bench_attention(device, repeats):
+    """Why attention on the CPU is written out."""
+    q, k, v = (torch.randn(1024, 4, 32, 32, dtype=torch.bfloat16, device=device, requires_grad=True) for _ in range(3))
+
+    def sdpa(dtype):
+        F.scaled_dot_product_attention(*(t.to(dtype) for t in (q, k, v)), is_causal=True).float().sum().backward()
+    written, bf16, f32 = medians(
+        device, repeats, lambda: transformer.explicit_attention(q, k, v, True).float().sum().backward(),
+        lambda: sdpa(torch.bfloat16), lambda: sdpa(torch.float32))
+    show("attention, rows of 32, bf16: SDPA / written out, seconds", f"{bf16 / written:.2f}")
+    show("  SDPA in float32 / written out in bf16, seconds", f"{f32 / written:.2f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", default="auto")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--width", type=int, default=64, help="of ResNet-18")
+    args = parser.parse_args()
+    device = cli.pick_device(args.device)
+    amp = cli.pick_amp(args.amp, device)
+    autocast = torch.autocast(device.type, amp, enabled=amp is not None)
+    print(f"{device}, {amp or torch.float32}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"batch {args.batch_size}")
+    bench_simclr(device, autocast, args.batch_size, args.repeats, args.width)
+    bench_augmentation(device, 512, args.repeats)
+    width, layers = (256, 4) if device.type == "cuda" else (128, 2)
+    bench_gcrl(device, autocast, max(16, args.batch_size // 4), args.repeats, width, layers)
+    bench_attention(device, args.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""One thread everywhere, and what the tests of whole runs share: tiny images, tiny settings, a finished run."""
+import contextlib
+import functools
+import importlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+TINY = {"simclr": "--image-size 8 --width 4 --blur 0.5 --stem cifar",
+        "gcrl": "--image-size 8 --width 8 --heads 2 --encoder-layers 1 --decoder-layers 1 --colours 4"}
+os.environ["OMP_NUM_THREADS"] = "1"                                           # of the processes that tests start
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """40 training and 10 test images in two classes, one redder than the other: a folder for --data-dir."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, n in (("train", 20), ("test", 5)):
+        for label, name in enumerate(("blue", "red")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 128, (8, 8, 3), dtype=np.uint8)
+                pixels[..., 0] += np.uint8(100 * label)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(params=["simclr", "gcrl"], scope="session")
+def script(request):
+    """The module of each script in turn."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny(images):
+    """tiny(script or its name, *more flags): the arguments of a run of two epochs of five steps."""
+    def argv(script, *more):
+        name = getattr(script, "__name__", script)
+        return [*f"--dataset folder --data-dir {images} --batch-size 8 --epochs 2 --workers 0 --device cpu --amp off "
+                f"{TINY[name]}".split(), *map(str, more)]
+    return argv
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """finished(script or its name): an uninterrupted run of the tiny settings, made once and only to be read.
+
+    folder, metrics, stdout, and model: the trained model's state after the evaluation.
+    """
+    @functools.cache
+    def run(name):
+        script, folder, stdout, found = importlib.import_module(name), tmp_path_factory.mktemp(name), io.StringIO(), {}
+        finish = script.Run.finish
+
+        def wrapped(self, data, encoders, *args, **kwargs):
+            result = finish(self, data, encoders, *args, **kwargs)
+            found["model"] = encoders["trained"][1].state_dict()
+            return result
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
+            patch.setattr(script.Run, "finish", wrapped)
+            metrics = script.main(tiny(script, "--out", folder))
+        return SimpleNamespace(folder=folder, metrics=metrics, stdout=stdout.getvalue(), **found)
+    return lambda script: run(getattr(script, "__name__", script))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory, where a run without --out makes runs/."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture(scope="session")
+def same():
+    """same(a, b): whether nested dicts and lists of tensors and values are equal, tensors bit for bit."""
+    def equal(a, b):
+        if torch.is_tensor(a):
+            return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+        if isinstance(a, (list, tuple)):
+            return len(a) == len(b) and all(map(equal, a, b))
+        return a == b
+    return equal
+
+
+@pytest.fixture(scope="session")
+def content():
+    """content(folder): what a run's folder says, without the times: checkpoint, log and result."""
+    times = {"seconds", "peak_memory"}
+
+    def read(folder):
+        checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+        checkpoint["progress"].pop("seconds")
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else None
+        for entry in (*checkpoint["history"], *log, result or {}):
+            for time in times & entry.keys():
+                del entry[time]
+        return {"checkpoint": checkpoint, "log": log, "result": result}
+    return read

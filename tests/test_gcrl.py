@@ -1,0 +1,179 @@
+"""GCRL's likelihood: normalised, causal, with a full receptive field; its sampling and its palette."""
+import itertools
+import math
+
+import pytest
+import torch
+
+import gcrl
+from gcrl import GCRL
+
+
+def small(num_colours=3, size=4, seed=0, **kwargs):
+    """A model with weights large enough that every dependence shows in the output."""
+    torch.manual_seed(seed)
+    model = GCRL(num_colours, size, width=8, encoder_layers=1, decoder_layers=1, heads=2, **kwargs).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return model
+
+
+def test_likelihood_is_normalised_exactly():
+    """For each first pixel the probabilities of all completions of a 3 x 3 image of 2 colours sum to 1."""
+    model = small(num_colours=2, size=3)
+    images = torch.tensor(list(itertools.product(range(2), repeat=9))).view(-1, 3, 3)
+    with torch.no_grad():
+        p = model.log_prob(images).double().exp()
+    for first in range(2):
+        assert p[images[:, 0, 0] == first].sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_log_prob_is_the_sum_over_all_tokens_but_the_first():
+    """L_g's inner sum, k = 2..D, in loops."""
+    model, tokens = small(), torch.randint(0, 3, (2, 4, 4))
+    with torch.no_grad():
+        logits, log_prob = model.logits(tokens), model.log_prob(tokens)
+    assert logits.shape == (2, 4, 4, 3) and log_prob.shape == (2,)
+    for i in range(2):
+        total = 0.0
+        for k in range(1, 16):
+            row = logits[i, k // 4, k % 4].double()
+            total += (row[tokens[i, k // 4, k % 4]] - row.exp().sum().log()).item()
+        assert log_prob[i].item() == pytest.approx(total, rel=1e-5)
+
+
+def test_each_logit_sees_every_earlier_pixel_and_no_later_one():
+    """By the gradient with respect to each pixel's embedding, position by position."""
+    model, tokens = small(), torch.randint(0, 3, (1, 4, 4))
+    embedded = []
+    model.embedding.register_forward_hook(lambda module, given, out: embedded.append(out.requires_grad_()) or out)
+    logits = model.logits(tokens)
+    for k in range(16):
+        model.zero_grad()
+        target = logits[0, k // 4, k % 4].square().sum()
+        parts = torch.autograd.grad(target, embedded, retain_graph=True, allow_unused=True)
+        seen = sum(g.abs().sum(dim=-1).flatten() for g in parts if g is not None)              # (16,)
+        assert (seen[k:] == 0).all(), f"position {k} sees itself or later"
+        assert (seen[:k] > 0).all(), f"position {k} misses an earlier one"
+
+
+def test_changing_a_pixel_changes_only_later_logits():
+    model, tokens = small(), torch.randint(0, 3, (1, 4, 4))
+    with torch.no_grad():
+        before = model.logits(tokens).flatten(1, 2)
+        for k in range(16):
+            changed = tokens.clone()
+            changed[0, k // 4, k % 4] = (tokens[0, k // 4, k % 4] + 1) % 3
+            after = model.logits(changed).flatten(1, 2)
+            moved = (after - before).abs().amax(dim=(0, 2)) > 0
+            assert not moved[: k + 1].any() and moved[k + 1 :].all()
+
+
+def test_the_feature_is_the_mean_of_the_encoder_and_reads_every_pixel():
+    model, tokens = small(), torch.randint(0, 3, (1, 4, 4))
+    with torch.no_grad():
+        h = model.encode(tokens)
+        assert h.shape == (1, 8)
+        for k in range(16):
+            changed = tokens.clone()
+            changed[0, k // 4, k % 4] = (tokens[0, k // 4, k % 4] + 1) % 3
+            assert (model.encode(changed) - h).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def stepwise_logits(model, tokens, monkeypatch):
+    """The logits that sampling computes while it is made to draw the given tokens."""
+    seen, order = [], iter([(r, w) for r in range(tokens.shape[1]) for w in range(tokens.shape[2])])
+
+    def forced(p, n, generator=None):
+        r, w = next(order)
+        return tokens[:, r, w][:, None]
+    model.to_logits.register_forward_hook(lambda module, given, out: seen.append(out))
+    monkeypatch.setattr(torch, "multinomial", forced)
+    drawn = model.sample(len(tokens))
+    monkeypatch.undo()
+    assert torch.equal(drawn, tokens)
+    return torch.stack(seen, dim=1).unflatten(1, tokens.shape[1:])
+
+
+def test_cached_sampling_computes_the_full_forwards_logits(monkeypatch):
+    model = GCRL(5, 6, width=16, encoder_layers=2, decoder_layers=2, heads=4).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    tokens = torch.randint(0, 5, (3, 6, 6))
+    full = model.logits(tokens).detach()
+    assert torch.allclose(stepwise_logits(model, tokens, monkeypatch), full, atol=1e-4)
+
+
+def test_sampling_draws_from_the_model():
+    """Frequencies of all 2 x 2 images of 2 colours against their exact probabilities."""
+    model = small(num_colours=2, size=2)
+    images = torch.tensor(list(itertools.product(range(2), repeat=4))).view(-1, 2, 2)
+    model.first_pixel.copy_(torch.tensor([1.0, 3.0]))
+    with torch.no_grad():
+        p = model.log_prob(images).exp() * torch.tensor([0.25, 0.75])[images[:, 0, 0]]
+    n = 20_000
+    drawn = model.sample(n, generator=torch.Generator().manual_seed(0)).flatten(1)
+    counts = torch.bincount((drawn * torch.tensor([8, 4, 2, 1])).sum(dim=1), minlength=16)
+    assert ((counts - n * p).abs() < 5 * (n * p * (1 - p)).sqrt() + 1).all()
+
+
+def test_sampling_keeps_what_is_given_and_honours_top_k_and_temperature():
+    model = small(num_colours=5, size=4)
+    given = torch.randint(0, 5, (6, 4, 4))
+    completed = model.sample(6, given=given, rows=2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(completed[:, :2], given[:, :2]) and not torch.equal(completed[:, 2:], given[:, 2:])
+    greedy, cold = (model.sample(6, given=given, rows=1, generator=torch.Generator().manual_seed(1), **kwargs)
+                    for kwargs in (dict(top_k=1), dict(temperature=1e-4)))
+    with torch.no_grad():
+        best = model.logits(greedy).argmax(dim=-1)
+    assert torch.equal(greedy[:, 1:], best[:, 1:]) and torch.equal(cold, greedy)
+    again = [model.sample(4, generator=torch.Generator().manual_seed(2)) for _ in range(2)]
+    assert torch.equal(*again)
+
+
+def test_palette_finds_the_colours_and_round_trips():
+    """Images of three colours and no others are represented exactly, whatever more is asked for."""
+    colours = torch.tensor([[255, 0, 0], [10, 200, 30], [0, 0, 90]], dtype=torch.uint8)
+    images = colours[torch.randint(0, 3, (5, 8, 8), generator=torch.Generator().manual_seed(0))].permute(0, 3, 1, 2)
+    palette = gcrl.fit_palette(images, 16)
+    assert palette.shape == (3, 3)
+    tokens = gcrl.quantise(images, palette)
+    assert tokens.shape == (5, 8, 8) and tokens.dtype == torch.int64
+    assert torch.allclose(gcrl.dequantise(tokens, palette), images / 255, atol=1e-6)
+
+
+def test_quantise_takes_the_nearest_colour_and_kmeans_is_at_a_fixed_point():
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    palette = gcrl.fit_palette(x, 7, iterations=200)
+    tokens = gcrl.quantise(x, palette)
+    pixels = x.permute(0, 2, 3, 1).reshape(-1, 3)
+    assert torch.equal(tokens.flatten(), torch.cdist(pixels, palette).argmin(dim=1))
+    means = torch.stack([pixels[tokens.flatten() == v].mean(dim=0) for v in range(7)])
+    assert torch.allclose(means, palette, atol=1e-5)
+    assert torch.equal(palette, gcrl.fit_palette(x, 7, iterations=200))
+
+
+def test_one_forward_gives_what_the_parts_give():
+    """The training step's outputs equal log_prob and encode; without contrast x2 is not needed."""
+    model, x1, x2 = small(), torch.randint(0, 3, (4, 4, 4)), torch.randint(0, 3, (4, 4, 4))
+    log_p, z1, z2, h = model(x1, x2, True, True)
+    assert torch.allclose(log_p, model.log_prob(x1), atol=1e-4)
+    assert torch.allclose(h, torch.cat([model.encode(x1), model.encode(x2)]), atol=1e-5)
+    assert torch.allclose(torch.cat([z1, z2]), model.head(h), atol=1e-5)
+    log_p, z1, z2, h = model(x1, None, True, False)
+    assert z1 is None and h.shape == (4, 8) and torch.allclose(log_p, model.log_prob(x1), atol=1e-4)
+    assert model(x1, x2, False, True)[0] is None
+
+
+def test_an_untrained_model_is_near_uniform():
+    torch.manual_seed(0)
+    model, tokens = GCRL(32, 8, width=16, encoder_layers=1, decoder_layers=1, heads=2), torch.randint(0, 32, (8, 8, 8))
+    assert -model.log_prob(tokens).mean().item() / 63 == pytest.approx(math.log(32), rel=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_agrees_with_the_cpu():
+    model, tokens = small(), torch.randint(0, 3, (2, 4, 4))
+    on_cpu = model.logits(tokens).detach()
+    assert torch.allclose(model.cuda().logits(tokens.cuda()).cpu(), on_cpu, atol=1e-3)

@@ -1,0 +1,347 @@
+"""common/run.py and common/cli.py: a run's folder and checkpoint under kills, damage and mistakes."""
+import argparse
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import simclr
+from common import cli
+from common.cli import Refusal
+from common.run import Progress, Run, clock, cosine, spread
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def new_run(out="run"):
+    return Run("simclr", {"resume": None, "out": out, "dataset": "shapes", "seed": 0}, CPU)
+
+
+# ---- files
+
+
+def test_write_is_all_or_nothing(here, monkeypatch):
+    """A failure in the middle of writing leaves the old file whole."""
+    run, save = new_run(), torch.save
+    run.track(thing=torch.nn.Linear(3, 3))
+    run.save(1, 0)
+    before = Path("run/checkpoint.pt").read_bytes()
+
+    def half(value, path):
+        save(value, path)
+        os.truncate(path, os.path.getsize(path) // 2)
+        raise RuntimeError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(RuntimeError, match="disk"):
+            run.save(2, 0)
+    assert Path("run/checkpoint.pt").read_bytes() == before
+    run.save(3, 0)
+    assert torch.load("run/checkpoint.pt", weights_only=True)["epoch"] == 3
+    assert {p.name for p in Path("run").iterdir()} == {"args.json", "checkpoint.pt"}
+
+
+def test_other_processes_write_nothing(here):
+    """Only the first process of several makes and fills the folder."""
+    run = Run("simclr", {"resume": None, "out": "run", "dataset": "shapes", "seed": 0}, CPU, rank=1)
+    run.save(1, 0)
+    run.log(epoch=1)
+    assert not list(here.iterdir())
+
+
+def test_next_free_folder(here):
+    """Without --out each run takes the next free folder."""
+    for name in ("simclr-shapes-0", "simclr-shapes-0-2", "simclr-shapes-0-3"):
+        run = Run("simclr", {"resume": None, "out": None, "dataset": "shapes", "seed": 0}, CPU)
+        assert run.folder == Path("runs", name) and (run / "args.json").exists()
+    other = Run("gcrl", {"resume": None, "out": None, "dataset": "shapes", "seed": 7}, CPU)
+    assert other.folder == Path("runs/gcrl-shapes-7")
+
+
+def test_out_is_taken(script, here, tiny, finished):
+    """--out with a run in it, with anything in it, or a file, is refused and left alone; an empty folder is taken."""
+    shutil.copytree(finished(script).folder, here / "run")
+    before = {p.name: p.read_bytes() for p in (here / "run").iterdir()}
+    with pytest.raises(Refusal, match="--out run holds a run.*--resume run"):
+        script.main(tiny(script, "--out", "run"))
+    assert {p.name: p.read_bytes() for p in (here / "run").iterdir()} == before
+    (here / "mine").mkdir()
+    (here / "mine" / "thesis.tex").write_text("precious")
+    (here / "file").write_text("precious")
+    for name in ("mine", "file"):
+        with pytest.raises(Refusal, match=f"--out {name} exists and is not an empty folder"):
+            script.main(tiny(script, "--out", name))
+    assert (here / "mine" / "thesis.tex").read_text() == (here / "file").read_text() == "precious"
+    (here / "empty").mkdir()
+    assert new_run("empty").folder == Path("empty")
+
+
+# ---- resuming what cannot be resumed
+
+
+def truncated(path, other):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path, other):
+    path.write_bytes(b"")
+
+
+def garbage(path, other):
+    path.write_bytes(bytes(range(256)) * 100)
+
+
+def others(path, other):
+    shutil.copy(other.folder / "checkpoint.pt", path)
+
+
+def other_width(path, other):
+    told = json.loads((path.parent / "args.json").read_text())
+    told["settings"]["width"] *= 2
+    (path.parent / "args.json").write_text(json.dumps(told))
+
+
+def lacking(path, other):
+    state = torch.load(path, weights_only=True)
+    torch.save({k: v for k, v in state.items() if k != "optimizer"}, path)
+
+
+def a_tensor(path, other):
+    torch.save(torch.zeros(3), path)
+
+
+@pytest.mark.parametrize("damage", [truncated, empty, garbage, others, other_width, lacking, a_tensor])
+def test_damaged_checkpoint(script, here, finished, damage):
+    """Refused by its name in one line, and left as it is."""
+    shutil.copytree(finished(script).folder, here / "run")
+    path = here / "run" / "checkpoint.pt"
+    damage(path, finished("gcrl" if script is simclr else "simclr"))
+    before = path.read_bytes()
+    with pytest.raises(Refusal, match="run/checkpoint.pt is not a whole checkpoint") as refusal:
+        script.main(["--resume", "run"])
+    assert path.read_bytes() == before and "\n" not in str(refusal.value)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_malicious_checkpoint(here, finished, save):
+    """Code in a checkpoint is not run."""
+    shutil.copytree(finished(simclr).folder, here / "run")
+    save({"method": "simclr", "model": Malicious()}, here / "run" / "checkpoint.pt")
+    with pytest.raises(Refusal, match="checkpoint.pt"):
+        simclr.main(["--resume", "run"])
+    assert not Path("owned").exists()
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '"run"'])
+def test_resume_of_nothing(script, here, text):
+    """--resume of a folder that is missing, or without good args.json."""
+    if text is not None:
+        (here / "run").mkdir()
+        (here / "run" / "args.json").write_text(text)
+    with pytest.raises(Refusal, match="--resume run: no run there"):
+        script.main(["--resume", "run"])
+    assert (here / "run").exists() == (text is not None)
+
+
+def test_resume_of_another_method(script, finished):
+    other = "gcrl" if script is simclr else "simclr"
+    with pytest.raises(Refusal, match=f"that is a run of {other}.py"):
+        script.main(["--resume", finished(other).folder])
+
+
+@pytest.mark.parametrize("flags", ["--lr 7", "--epochs 3", "--seed 1", "--width 16", "--dataset shapes", "--out x"])
+@pytest.mark.parametrize("form", ["{} --resume RUN", "--resume RUN {}", "--resume=RUN {}"])
+def test_resume_with_a_changed_setting(script, finished, here, flags, form):
+    """What decides the result cannot change on --resume, in whichever way it is written."""
+    argv = form.format(flags).replace("RUN", str(finished(script).folder)).split()
+    with pytest.raises(Refusal, match=f"{flags.split()[0]} cannot change on --resume"):
+        script.arguments(argv)
+
+
+def test_resume_takes_the_settings(script, finished):
+    """The run's own settings hold, and how it is run may change."""
+    folder = finished(script).folder
+    stored = json.loads((folder / "args.json").read_text())["settings"]
+    for form in (["--resume", str(folder)], [f"--resume={folder}"]):
+        args = vars(script.arguments([*form, "--workers", "3", "--cache-gb", "2", "--device", "cuda"]))
+        assert (args["workers"], args["cache_gb"], args["device"]) == (3, 2.0, "cuda")
+        for free in ("workers", "cache_gb", "device", "resume", "out"):
+            args.pop(free)
+        assert args == {k: stored[k] for k in args}
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_signal(tiny, here, number, status):
+    """A signal stops the program at the next step: saved, says how to go on, exit status 128 + signal, no traceback."""
+    argv = tiny(simclr, "--epochs", 100_000, "--out", "run")
+    process = subprocess.Popen([sys.executable, ROOT / "simclr.py", *argv], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    try:
+        said = next(line for line in process.stdout if line.startswith("epoch "))
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert said.startswith("epoch 1/100000 ") and err == ""
+    assert process.returncode == status and "--resume run" in out.splitlines()[-1]
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    log = Path("run/log.jsonl").read_text().splitlines()
+    assert len(log) == state["epoch"] >= 1 and 0 <= state["step"] <= 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal(here, number):
+    """The first signal only asks; then the handlers from before are back, so that a second one ends the program."""
+    before = signal.getsignal(number)
+    caught = []
+    try:
+        signal.signal(number, lambda *_: caught.append(1))
+        with (run := new_run()):
+            assert not run.stop_requested(CPU)
+            os.kill(os.getpid(), number)
+            assert run.stop_requested(CPU) and not caught
+            os.kill(os.getpid(), number)
+            assert caught
+    finally:
+        signal.signal(number, before)
+
+
+def test_handlers_are_put_back(here):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyError), new_run():
+        raise KeyError
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# ---- progress
+
+
+def progress():
+    logged = []
+    run = SimpleNamespace(rank=0, folder="run", log=lambda **entry: logged.append(entry))
+    return Progress(run, 3, 4, 40, {"loss": ("loss", "chance 1.0"), "spread": ("spread", "")}), logged
+
+
+def test_means(capsys):
+    """An epoch's line and log hold the means over its steps, each epoch's from zero."""
+    show, logged = progress()
+    for epoch in range(2):
+        for step in range(4):
+            show.update(epoch, step, [torch.tensor(10.0 * epoch + step), torch.tensor(0.5)])
+        show.end_epoch(epoch, lr=0.1)
+    assert [(e["epoch"], e["loss"], e["spread"], e["lr"]) for e in logged] == [(1, 1.5, 0.5, 0.1), (2, 11.5, 0.5, 0.1)]
+    assert [line.split("  ")[:2] for line in capsys.readouterr().out.splitlines()] == [
+        ["epoch 1/3", "loss 1.500 (chance 1.0)"], ["epoch 2/3", "loss 11.500 (chance 1.0)"]]
+
+
+def test_collapse_is_said(capsys):
+    show, _ = progress()
+    for step in range(4):
+        show.update(0, step, [torch.tensor(1.0), torch.tensor(0.001)])
+    show.end_epoch(0)
+    assert "COLLAPSED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad", [0, 1, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_not_finite_names_the_step(bad, value):
+    """However many steps were pending, the first bad one is named; state_dict refuses too."""
+    show, _ = progress()
+    show.shown = math.inf                                                     # reads at the epoch's end alone
+    with pytest.raises(Refusal, match=f"step {bad + 1} of epoch 2"):
+        for step in range(4):
+            show.update(1, step, [torch.tensor(value if step >= bad else 0.0), torch.tensor(0.5)])
+    with pytest.raises(Refusal):
+        show.state_dict()
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (123, "2:03"), (3723, "1:02:03")])
+def test_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_cosine():
+    """Up in equal steps over the warm-up, then down half a cosine, towards 0."""
+    rates = [cosine(step, 100, 10.0) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == 1 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
+    assert cosine(0, 10, 0) == 1 and cosine(0, 1, 0.05) > 0 and 0 <= cosine(9, 10, 10) <= 1
+
+
+def test_spread():
+    """0 for one direction at any length, near 1 for opposite ones, finite at zero."""
+    assert spread(torch.arange(1, 9)[:, None] * torch.ones(8, 4)).item() == pytest.approx(0, abs=1e-3)
+    assert spread(torch.cat([torch.eye(4), -torch.eye(4)])).item() == pytest.approx(1)
+    assert torch.isfinite(spread(torch.zeros(3, 4)))
+
+
+# ---- cli
+
+
+@pytest.mark.parametrize("parse, good, bad", [
+    (cli.count, "1 200", "0 -1 1.5 x nan"), (cli.count_or_zero, "0 7", "-1 0.5"),
+    (cli.positive, "1e-9 3", "0 -0.1 nan inf x"), (cli.nonnegative, "0 0.0 2", "-1e-9 nan inf"),
+    (cli.number(float, 0, high=1), "0.1 1", "0 1.01 nan"), (cli.number(int, 2, True, 4), "2 4", "1 5"),
+])
+def test_number(parse, good, bad):
+    for text in good.split():
+        assert parse(text) == float(text)
+    for text in bad.split():
+        with pytest.raises(argparse.ArgumentTypeError, match="at least|above"):
+            parse(text)
+
+
+@pytest.mark.parametrize("error, status, sentence", [
+    (Refusal("give up"), 2, "give up"), (FileNotFoundError(2, "No such file", "x.png"), 2, "x.png: No such file"),
+    (OSError(28, "No space left on device"), 2, "a file: No space left on device"),
+    (KeyboardInterrupt(), 130, "interrupted"), (torch.OutOfMemoryError("CUDA"), 2, "--batch-size"),
+])
+def test_program(error, status, sentence, monkeypatch, capsys):
+    """What ends a program is one sentence on stderr and an exit status."""
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/x/simclr.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.program(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == status and err.startswith("simclr.py: ") and sentence in err and err.count("\n") == 1
+
+
+def test_program_hides_no_bug():
+    """An unexpected error keeps its traceback, and success its silence."""
+    with pytest.raises(ZeroDivisionError):
+        cli.program(lambda: 1 / 0)
+    with pytest.raises(OSError):
+        cli.program(lambda: (_ for _ in ()).throw(OSError("not the system's")).__next__())
+    cli.program(lambda: None)
+
+
+def test_device_and_precision():
+    assert cli.pick_device("cpu") == CPU
+    assert cli.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert cli.pick_amp("bf16", CPU) == torch.bfloat16 and cli.pick_amp("off", CPU) is None
+    assert cli.pick_amp("auto", CPU) in (None, torch.bfloat16)
+    for name in ("gpu", "cuda:99", "cpu:x"):
+        with pytest.raises(Refusal, match=f"--device {name}"):
+            cli.pick_device(name)

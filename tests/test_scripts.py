@@ -1,0 +1,323 @@
+"""simclr.py and gcrl.py from the command line: what a run leaves behind, and that it can be repeated and resumed."""
+import argparse
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import gcrl
+import simclr
+from common import cli
+from common.cli import Refusal
+
+ROOT = Path(__file__).parent.parent
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def command(name, argv, cwd):
+    return subprocess.run([sys.executable, name, *argv], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+# ---- what a run leaves
+
+
+def test_run_folder(script, finished):
+    """main returns what result.json holds; the folder holds settings, log, weights and pictures, and no leftovers."""
+    run = finished(script)
+    names = {"args.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "result.json", "views.png", "neighbours.png"}
+    names |= {"samples.png", "completions.png"} if script is gcrl else set()
+    assert {p.name for p in run.folder.iterdir()} == names
+    assert json.loads((run.folder / "result.json").read_text()) == run.metrics
+    for measure in ("linear", "knn"):
+        assert run.metrics[measure].keys() == {"pixels", "untrained", "trained"}
+        assert all(0 <= accuracy <= 1 for accuracy in run.metrics[measure].values())
+    assert run.metrics["seconds"] > 0 and run.metrics["peak_memory"] > 0
+    for name in names:
+        if name.endswith(".png"):
+            with Image.open(run.folder / name) as image:
+                image.load()
+                assert image.mode == "RGB" and min(image.size) >= 64
+    told = json.loads((run.folder / "args.json").read_text())
+    assert told["method"] == script.__name__ and told["settings"]["epochs"] == 2
+    assert str(run.folder) in run.stdout and "whitened pixels" in run.stdout
+
+
+def test_log(script, finished):
+    """One line an epoch with every metric and the rate, finite; the same epochs on the terminal."""
+    run = finished(script)
+    log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    metrics = {"loss", "spread"} if script is simclr else {"nats", "contrastive", "spread"}
+    assert [entry["epoch"] for entry in log] == [1, 2]
+    for entry in log:
+        assert entry.keys() == metrics | {"epoch", "lr", "seconds"}
+        assert all(map(math.isfinite, entry.values()))
+    assert re.findall(r"^epoch (\d+)/2 ", run.stdout, re.M) == ["1", "2"]
+
+
+def test_gcrl_results(finished):
+    """nats per predicted token and its bits stand in the result; the palette's error too."""
+    metrics = finished("gcrl").metrics
+    assert 0 < metrics["nats"] < 2 * math.log(4)
+    assert metrics["bits"] == pytest.approx(metrics["nats"] / math.log(2))
+    assert 0 < metrics["palette_error"] < 128
+
+
+def test_encoder_is_the_checkpoints(script, finished):
+    """encoder.pt holds the encoder's part of the trained weights and nothing of heads or decoder."""
+    folder = finished(script).folder
+    encoder = torch.load(folder / "encoder.pt", weights_only=True)
+    model = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+    if script is simclr:
+        model = {k.removeprefix("encoder."): v for k, v in model.items() if k.startswith("encoder.")}
+        assert encoder.keys() == model.keys()
+    else:
+        assert {k.split(".")[0] for k in encoder} == {
+            "embedding", "row_position", "column_position", "encoder", "encoder_norm", "palette", "first_pixel"}
+    assert all(torch.equal(v, model[k]) for k, v in encoder.items())
+
+
+def test_encoder_loads_into_torchvision(tiny, here):
+    """With --stem imagenet --width 64 torchvision's resnet18 takes the encoder; only its classifier is missing."""
+    simclr.main(tiny(simclr, "--stem", "imagenet", "--width", 64, "--epochs", 1, "--out", "run"))
+    state = torch.load("run/encoder.pt", weights_only=True)
+    missing = torchvision.models.resnet18().load_state_dict(state, strict=False)
+    assert not missing.unexpected_keys and set(missing.missing_keys) == {"fc.weight", "fc.bias"}
+
+
+def test_evaluation_leaves_the_model(script, finished, same):
+    """The model's state, batch norm's statistics too, is bitwise what it was before the evaluation."""
+    run = finished(script)
+    assert same(dict(run.model), dict(torch.load(run.folder / "checkpoint.pt", weights_only=True)["model"]))
+
+
+def test_training_moves_every_weight(script, finished):
+    """The trained model differs from the untrained one of the same seed in every parameter."""
+    run = finished(script)
+    torch.manual_seed(0)
+    model = simclr.SimCLR("resnet18", "cifar", 4) if script is simclr else gcrl.GCRL(4, 8, 8, 1, 1, 2)
+    still = [name for name, p in model.named_parameters() if torch.equal(p, run.model[name])]
+    assert not still
+
+
+def test_unlabelled_folder(script, tiny, images, here):
+    """Images without classes train; the terminal says why there is no probe, and linear and knn are None."""
+    (here / "plain").mkdir()
+    for i, file in enumerate((images / "train").rglob("*.png")):
+        shutil.copy(file, here / "plain" / f"{i}.png")
+    assert script.main(tiny(script, "--data-dir", "plain", "--epochs", 1, "--out", "run"))["linear"] is None
+    result = json.loads(Path("run/result.json").read_text())
+    assert result["linear"] is None and result["knn"] is None
+    assert Path("run/neighbours.png").exists()
+
+
+def test_unlabelled_is_said(script, tiny, images, here, capsys):
+    script.main(tiny(script, "--data-dir", images / "train" / "red", "--epochs", 1))
+    assert "no linear probe and no kNN" in (out := capsys.readouterr().out) and "no train/CLASS folders" in out
+
+
+# ---- repeating and resuming
+
+
+def test_same_seed(script, tiny, finished, here, same, content):
+    """The same seed gives the same weights, log and results bit for bit; another seed gives other weights."""
+    script.main(tiny(script, "--out", "again"))
+    script.main(tiny(script, "--out", "other", "--seed", 1))
+    assert same(content(here / "again"), content(finished(script).folder))
+    again, other = (torch.load(here / name / "checkpoint.pt", weights_only=True)["model"]
+                    for name in ("again", "other"))
+    assert not any(torch.equal(again[name], other[name]) for name in again if again[name].dim() > 1 and
+                   name.endswith("weight"))
+
+
+@pytest.mark.parametrize("k", [3, 5, 10])
+def test_stopped_and_resumed(script, tiny, finished, here, same, content, monkeypatch, capsys, k):
+    """Stopped after step k of 10 (5: the epoch's last, before its line is logged) a resumed run ends bit for bit."""
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "stop_requested", lambda self, device: seen.append(0) or len(seen) == k)
+        with pytest.raises(SystemExit) as stop:
+            script.main(tiny(script, "--out", "run"))
+    assert stop.value.code == 143 and "--resume run" in capsys.readouterr().out
+    assert not Path("run/encoder.pt").exists()
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == ((k - 1) // 5, (k - 1) % 5 + 1)
+    metrics = script.main(["--resume", "run"])
+    assert same(content(here / "run"), content(finished(script).folder))
+    assert metrics["linear"] == finished(script).metrics["linear"]
+
+
+def test_stopped_twice(script, tiny, finished, here, same, content, monkeypatch):
+    """Stopped in each epoch and resumed from elsewhere with other workers: still the same bits."""
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "stop_requested", lambda self, device: seen.append(0) or len(seen) in (2, 6))
+        for argv in (tiny(script, "--out", "run"), ["--resume", here / "run"]):
+            with pytest.raises(SystemExit):
+                script.main(argv)
+    script.main(["--workers", "0", "--cache-gb", "0", "--resume", here / "run"])
+    assert same(content(here / "run"), content(finished(script).folder))
+
+
+@pytest.mark.parametrize("saves", [0, 1, 2])
+def test_killed_and_resumed(script, tiny, finished, here, same, content, monkeypatch, saves):
+    """Killed where the next checkpoint is due (its epoch already in log.jsonl): resumed, each epoch is there once."""
+    save, seen = script.Run.save, []
+
+    def mortal(self, *args):
+        if len(seen) == saves:
+            raise Killed
+        seen.append(save(self, *args))
+        if len(seen) == 2:
+            raise Killed                                    # after the last: only the evaluation is left
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "save", mortal)
+        with pytest.raises(Killed):
+            script.main(tiny(script, "--out", "run"))
+    assert Path("run/checkpoint.pt").exists() == (saves > 0)
+    script.main(["--resume", "run"])
+    assert [e["epoch"] for e in content(here / "run")["log"]] == [1, 2]
+    assert same(content(here / "run"), content(finished(script).folder))
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["runs on", "asked to stop"])
+def test_loss_not_finite(script, tiny, finished, here, same, content, monkeypatch, stopped):
+    """A nan at step 3 of epoch 2 is refused by step and epoch; the checkpoint of epoch 1 stays and is good."""
+    nt_xent, seen = script.nt_xent, []
+
+    def broken(*args):
+        seen.append(0)
+        return nt_xent(*args) * (math.nan if len(seen) == 8 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "nt_xent", broken)
+        patch.setattr(script.Run, "stop_requested", lambda self, device: stopped and len(seen) == 8)
+        with pytest.raises(Refusal, match="step 3 of epoch 2.*--lr"):
+            script.main(tiny(script, "--out", "run"))
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 0)
+    script.main(["--resume", "run"])
+    assert same(content(here / "run"), content(finished(script).folder))
+
+
+# ---- the command line
+
+
+BAD = {
+    "both": ["--epochs 0", "--epochs two", "--batch-size 1", "--batch-size 41", "--tau 0", "--tau -1", "--tau nan",
+             "--tau inf", "--lr -1", "--lr 0", "--weight-decay -1", "--image-size 4", "--crop-min 0", "--crop-min 2",
+             "--width 0", "--device nonsense", "--dataset mnist", "--warmup 2", "--jitter -1", "--seed -1",
+             "--workers -1", "--cache-gb nan", "--amp fp16", "--data-dir nowhere", "--learning-rate 1", "--resume"],
+    "simclr": ["--blur 1.1", "--arch resnet9", "--stem big", "--optimizer adam"],
+    "gcrl": ["--alpha 0 --beta 0", "--alpha -1", "--heads 3", "--heads 0", "--colours 1", "--encoder-layers 0"],
+}
+
+
+@pytest.mark.parametrize("script, flags", [(s, f) for s in (simclr, gcrl) for f in BAD["both"] + BAD[s.__name__]],
+                         ids=lambda value: getattr(value, "__name__", value), scope="function")
+def test_bad_value(script, flags, tiny, here, monkeypatch, capsys):
+    """Exit status 2 and one line on stderr that names the flag; nothing is written."""
+    monkeypatch.setattr(sys, "argv", [f"/x/{script.__name__}.py", *tiny(script), *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        cli.program(script.main)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and err.endswith("\n")
+    assert err.startswith(f"{script.__name__}.py: ") and flags.split()[0] in err
+    assert not list(here.iterdir())
+
+
+def test_program_refuses(script, here, tiny):
+    """As a program: exit status 2, one line on stderr, no traceback, nothing on stdout, nothing written."""
+    done = command(ROOT / f"{script.__name__}.py", tiny(script, "--tau", "0"), here)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(rf"{script.__name__}\.py: .*--tau.*\n", done.stderr)
+    assert not list(here.iterdir())
+
+
+def test_help(script, here, monkeypatch, capsys):
+    """Every flag has words of help, and its default where it has one."""
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    parsers = []
+    monkeypatch.setattr(cli.Parser, "parse_args", lambda self, argv: parsers.append(self) or sys.exit())
+    with pytest.raises(SystemExit):
+        script.main([])
+    rest = text[text.index("options:"):]
+    for action in reversed(parsers[0]._actions):                              # cut off the last flag's entry each time
+        assert action.help and len(action.help) > 8
+        rest, found, entry = rest.rpartition(f" {action.option_strings[0]}")
+        assert found
+        if action.default not in (None, argparse.SUPPRESS):
+            assert f"(default: {action.default})" in entry, action.dest
+
+
+@pytest.mark.parametrize("argv", [["--dataset", "folder"], ["--dataset=folder"]])
+def test_help_of_another_data_set(here, capsys, argv):
+    """The defaults in the help are those of the data set beside --help."""
+    with pytest.raises(SystemExit):
+        simclr.main(["--help", *argv])
+    assert "(default: 224)" in capsys.readouterr().out
+
+
+def test_defaults_of_a_data_set(tmp_path):
+    """A data set's own settings hold unless a flag says otherwise."""
+    shapes, folder = simclr.arguments([]), simclr.arguments(["--dataset", "folder", "--blur", "0.25"])
+    assert (shapes.dataset, shapes.image_size, shapes.epochs, shapes.tau) == ("shapes", 16, 10, 0.2)
+    assert (folder.image_size, folder.stem, folder.blur, folder.epochs) == (224, "imagenet", 0.25, 200)
+    assert simclr.arguments(["--dataset", "cifar10"]).image_size == 32
+
+
+def test_script_and_common_alone(script, here, tiny):
+    """A script and common/ are all that it takes."""
+    name = f"{script.__name__}.py"
+    shutil.copy(ROOT / name, here)
+    shutil.copytree(ROOT / "common", here / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    done = command(name, tiny(script, "--epochs", 1), here)
+    assert done.returncode == 0 and done.stderr == ""
+    assert (here / "runs" / f"{script.__name__}-folder-0" / "result.json").exists()
+    assert f"runs/{script.__name__}-folder-0" in done.stdout
+
+
+# ---- gcrl's two losses
+
+
+def test_alpha_zero(tiny, here, monkeypatch):
+    """--alpha 0 is contrastive alone: the decoder is not run, and neither likelihood nor samples are given."""
+    def no_decoder(*_, **__):
+        raise AssertionError("the decoder ran")
+
+    for method in ("decode", "sample", "log_prob"):
+        monkeypatch.setattr(gcrl.GCRL, method, no_decoder)
+    metrics = gcrl.main(tiny(gcrl, "--alpha", 0, "--out", "run"))
+    assert "nats" not in metrics and not Path("run/samples.png").exists()
+    assert json.loads(Path("run/log.jsonl").read_text().splitlines()[0]).keys() == {
+        "epoch", "contrastive", "spread", "lr", "seconds"}
+
+
+def test_beta_zero(tiny, here, monkeypatch):
+    """--beta 0 is generative alone: no strong view for training, no contrastive loss."""
+    monkeypatch.setattr(gcrl, "nt_xent", lambda *_: pytest.fail("the contrastive loss was computed"))
+    metrics = gcrl.main(tiny(gcrl, "--beta", 0, "--out", "run"))
+    assert math.isfinite(metrics["nats"]) and Path("run/samples.png").exists()
+    assert json.loads(Path("run/log.jsonl").read_text().splitlines()[0]).keys() == {
+        "epoch", "nats", "spread", "lr", "seconds"}
+
+
+@pytest.mark.parametrize("flags", ["--optimizer lars", "--arch resnet50", "--amp bf16"])
+def test_simclr_variants(tiny, here, flags):
+    """The other optimiser, bottleneck blocks and bf16 train."""
+    metrics = simclr.main(tiny(simclr, "--epochs", 1, *flags.split()))
+    assert 0 <= metrics["linear"]["trained"] <= 1
