@@ -54,7 +54,7 @@ def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=30):
         token = nearest(x, palette)
         count = torch.bincount(token, minlength=num_colours)[:, None]
         mean = torch.zeros_like(palette).index_add_(0, token, x) / count
-        palette = torch.where(count > 0, mean, palette)
+        palette = torch.where(count > 0, mean, palette)                       # an empty cluster stays
     return palette
 
 
@@ -254,8 +254,7 @@ def arguments(argv):
 def main(argv=None):
     """Trains, evaluates and writes the run's folder. Returns the final metrics (result.json)."""
     args = arguments(argv)
-    generate, contrast = args.alpha > 0, args.beta > 0
-    device = cli.pick_device(args.device)
+    generate, contrast, device = args.alpha > 0, args.beta > 0, cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     data, steps = distributed.first_alone(load_for, args, device, world)
@@ -317,15 +316,11 @@ def main(argv=None):
     if rank > 0:
         return {}
 
-    def encoder(model):
-        def encode(x):                                                        # uint8 (N, 3, S, S)
+    def of_pixels(function):
+        def call(x):                                                          # uint8 (N, 3, S, S)
             with autocast:
-                return model.encode(quantise(x, model.palette))               # (N, width)
-        return encode, model
-
-    def log_prob(x):
-        with autocast:
-            return model.log_prob(quantise(x, model.palette))[:, None]        # (N, 1)
+                return function(quantise(x, model.palette))
+        return call
 
     def picture(name, *tokens):
         run.write(name, lambda path: pictures.rows(path, *(dequantise(t, model.palette) for t in tokens)))
@@ -337,7 +332,7 @@ def main(argv=None):
     picture("views.png", *(quantise(v, model.palette) for v in views))
     more = {"palette_error": (dequantise(tokens, palette) - some / 255).square().mean().sqrt().item() * 255}
     if generate:
-        more["nats"] = -linear_probe.features(log_prob, held, model, 128).mean().item() / predicted
+        more["nats"] = -linear_probe.features(of_pixels(model.log_prob), held, model, 128).mean().item() / predicted
         more["bits"] = more["nats"] / math.log(2)
         run.say(f"\n{'test' if data.test else 'training'} images: {more['nats']:.3f} nats, {more['bits']:.3f} bits per "
                 f"predicted token (uniform {math.log(len(palette)):.3f} nats); not bits per dimension: the palette is "
@@ -347,7 +342,8 @@ def main(argv=None):
         given = quantise(held.at(torch.arange(min(32, len(held)))).to(device), model.palette)
         completed = model.sample(len(given), given=given, rows=args.image_size // 2, generator=generator)
         picture("completions.png", given, completed)
-    return run.finish(data, {"untrained": encoder(new_model()), "trained": encoder(model)}, device, **more)
+    encoders = {row: (of_pixels(m.encode), m) for row, m in (("untrained", new_model()), ("trained", model))}
+    return run.finish(data, encoders, device, **more)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def arguments(argv):
     add = parser.add_argument
     add("--dataset", choices=NAMES, default="shapes", help="what to train on; shapes and folder need no download")
     add("--image-size", type=cli.number(int, 8, True), default=32, help="side of the images, pixels")
-    add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="encoder")
+    add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
     add("--width", type=cli.count, default=64, help="channels of the encoder's first stage")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
     add("--crop-min", type=cli.number(float, 0, high=1), default=0.08, help="least share of the area that a crop keeps")

@@ -40,7 +40,9 @@ def number(kind, low, low_included=False, high=math.inf):
         except ValueError:
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}") from None
-        if not (low < value or low_included and low == value) or value > high or not math.isfinite(value):
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if not (low < value or low_included and low == value) or value > high:
             raise argparse.ArgumentTypeError(f"{text} is not {bound}")
         return value
     return parse
@@ -57,7 +59,8 @@ def add_run_flags(parser):
     add = parser.add_argument
     add("--data-dir", default="data", metavar="DIR",
         help="folder of downloads, or of your images (DIR/train/CLASS/*, DIR/test/CLASS/*)")
-    add("--seed", type=count_or_zero, default=0, help="of the weights, the order, the augmentation, and of shapes")
+    add("--seed", type=number(int, 0, True, 2**32 - 1), default=0, 
+        help="of the weights, the order, the augmentation, and of shapes")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="mixed precision; auto takes bf16, fp16 or off as the hardware has it")
@@ -86,6 +89,10 @@ def program(main):
         if error.filename is None and error.strerror is None:
             raise
         status, sentence = 2, f"{error.filename or 'a file'}: {error.strerror}"
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):
+            raise
+        status, sentence = 2, "a checkpoint could not be written: make room on the disk of --out, then --resume"
     except KeyboardInterrupt:
         status, sentence = 130, "interrupted"
     else:

@@ -1,4 +1,5 @@
 """A run's folder (settings, log, a checkpoint that survives a kill at any moment) and what is on the terminal."""
+import argparse
 import json
 import math
 import os
@@ -28,11 +29,18 @@ def parse(parser, argv, defaults):
     those of the --dataset beside it. A resumed run takes its settings from its args.json.
     """
     argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
-    if "--resume" in argv[:-1] and "--help" not in argv and "-h" not in argv:
-        folder = Path(argv[argv.index("--resume") + 1])
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--resume")
+    first.add_argument("--dataset", default=parser.get_default("dataset"))
+    try:
+        told = first.parse_known_args(argv)[0]
+    except argparse.ArgumentError:                                            # a flag without its value
+        return parser.parse_args(argv)                                        # says so
+    if told.resume is not None:
+        folder = Path(told.resume)
         try:
-            told = json.loads((folder / "args.json").read_text())
-            stored, method = told["settings"], told["method"]
+            stored = json.loads((folder / "args.json").read_text())
+            stored, method = dict(stored["settings"]), stored["method"]
         except (OSError, ValueError, KeyError, TypeError):
             raise Refusal(f"--resume {folder}: no run there, {folder / 'args.json'} is missing or damaged") from None
         if method != Path(parser.prog).stem:
@@ -46,9 +54,7 @@ def parse(parser, argv, defaults):
                           f"start a new run")
         args.out = str(folder)
         return args
-    dataset = argv[argv.index("--dataset") + 1] if "--dataset" in argv[:-1] else parser.get_default("dataset")
-    dataset = next((a.split("=", 1)[1] for a in argv if a.startswith("--dataset=")), dataset)
-    parser.set_defaults(**defaults.get(dataset, {}))
+    parser.set_defaults(**defaults.get(told.dataset, {}))
     return parser.parse_args(argv)
 
 
@@ -78,7 +84,11 @@ class Run:
         """Calls write(path) for a file beside `name` and puts that in its place at once: a kill leaves a whole file."""
         if self.rank == 0:
             part = self.folder / f".{name}.part"
-            write(part)
+            try:
+                write(part)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(part, self.folder / name)
@@ -98,13 +108,16 @@ class Run:
         state.update(method=self.method, epoch=epoch, step=step, history=self.history)
         self.write("checkpoint.pt", lambda path: torch.save(state, path))
 
+    def saved(self):
+        return (self.folder / "checkpoint.pt").exists()
+
     def restore(self):
         """Puts the checkpoint into what is tracked. Returns (epoch, step) to go on at: (0, 0) in a new run.
 
         Raises Refusal where the checkpoint is cut off, or another method's or model's.
         """
         path = self.folder / "checkpoint.pt"
-        if not self.resumed or not path.exists():                             # killed before its first epoch ended
+        if not self.resumed or not self.saved():                             # killed before its first epoch ended
             return 0, 0
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -284,8 +297,9 @@ class Progress:
         epoch, step = self.at
         for at, row in enumerate(rows, step + 2 - len(rows)):
             if not all(map(math.isfinite, row)):
-                raise Refusal(f"the loss is not finite at step {at} of epoch {epoch + 1}: lower --lr (the last good "
-                              f"checkpoint is kept in {self.run.folder})")
+                kept = "the last good checkpoint is kept" if self.run.saved() else "nothing was saved yet"
+                raise Refusal(f"the loss is not finite at step {at} of epoch {epoch + 1}: lower --lr ({kept} in "
+                              f"{self.run.folder})")
             self.sums = [s + v for s, v in zip(self.sums, row)]
         self.pending, self.last = [], rows[-1]
         now = time.perf_counter()

@@ -238,8 +238,8 @@ def test_handlers_are_put_back(here):
 
 def progress():
     logged = []
-    run = SimpleNamespace(rank=0, folder="run", log=lambda **entry: logged.append(entry))
-    return Progress(run, 3, 4, 40, {"loss": ("loss", "chance 1.0"), "spread": ("spread", "")}), logged
+    run = SimpleNamespace(rank=0, folder="run", saved=lambda: True, log=lambda **entry: logged.append(entry))
+    return Progress(run, 3, 4, 10, {"loss": ("loss", "chance 1.0"), "spread": ("spread", "")}), logged
 
 
 def test_means(capsys):
@@ -282,10 +282,10 @@ def test_clock(seconds, text):
 
 def test_cosine():
     """Up in equal steps over the warm-up, then down half a cosine, towards 0."""
-    rates = [cosine(step, 100, 10.0) for step in range(100)]
+    rates = [cosine(step, 100, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10] == 1 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
-    assert cosine(0, 10, 0) == 1 and cosine(0, 1, 0.05) > 0 and 0 <= cosine(9, 10, 10) <= 1
+    assert cosine(0, 10, 0) == 1 and cosine(0, 1, 0.05) > 0 and 0 <= cosine(9, 10, 1.0) <= 1
 
 
 def test_spread():
@@ -307,7 +307,7 @@ def test_number(parse, good, bad):
     for text in good.split():
         assert parse(text) == float(text)
     for text in bad.split():
-        with pytest.raises(argparse.ArgumentTypeError, match="at least|above"):
+        with pytest.raises(argparse.ArgumentTypeError, match="at least|above|finite"):
             parse(text)
 
 
