@@ -258,7 +258,7 @@ def main(argv=None):
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     data, steps = distributed.first_alone(load_for, args, device, world)
-    some = data.train.at(torch.arange(0, len(data.train), -(-len(data.train) // 2000)))       # 2000 or fewer images
+    some = data.train.at(data.train.some(2000))                               # (2000, 3, S, S) uint8, for the palette
     palette = fit_palette(some, args.colours, args.seed)
     tokens = quantise(some, palette)
 
@@ -339,7 +339,7 @@ def main(argv=None):
                 f"off by {more['palette_error']:.1f} of 255 (RMS)")
         generator = torch.Generator(device).manual_seed(args.seed)
         picture("samples.png", model.eval().sample(64, generator=generator))
-        given = quantise(held.at(torch.arange(min(32, len(held)))).to(device), model.palette)
+        given = quantise(held.at(held.some(32)).to(device), model.palette)
         completed = model.sample(len(given), given=given, rows=args.image_size // 2, generator=generator)
         picture("completions.png", given, completed)
     encoders = {row: (of_pixels(m.encode), m) for row, m in (("untrained", new_model()), ("trained", model))}

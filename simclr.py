@@ -216,7 +216,7 @@ def main(argv=None):
         return encode, model
 
     run.write("encoder.pt", lambda path: torch.save(model.encoder.state_dict(), path))
-    x, rng = data.train.at(torch.arange(min(32, len(data.train)))), augment.Random(args.seed)
+    x, rng = data.train.at(data.train.some(32)), augment.Random(args.seed)
     x1, x2 = (view(x, rng, *recipe) for _ in range(2))
     run.write("views.png", lambda path: pictures.rows(path, x1, x2))
     return run.finish(data, {"untrained": encoder(new_model()), "trained": encoder(model)}, device)

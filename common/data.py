@@ -75,6 +75,10 @@ class Images:
         """uint8 (B, 3, S, S) on the CPU for a (B,) tensor of indices."""
         return next(self.batches([index.cpu()])).cpu()
 
+    def some(self, n):
+        """The indices of n images, or of all where there are fewer, drawn at random but always the same."""
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:n]
+
 
 class Data(NamedTuple):
     """train: what the method sees. labelled, test: what the probe trains and is scored on; None where there are no

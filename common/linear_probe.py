@@ -93,8 +93,7 @@ def whitened_pixels(train, test, components=256):
             x = F.interpolate(x, size=32, mode="bilinear", antialias=True)
         return x.flatten(1)                                                   # (B, 3 S S)
 
-    sample = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:10_000]
-    x = torch.cat([flat(batch) for batch in train.batches(sample.split(512))])
+    x = torch.cat([flat(batch) for batch in train.batches(train.some(10_000).split(512))])
     mean = x.mean(dim=0)
     variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))    # ascending
     components = min(components, int((variance > 1e-6 * variance[-1]).sum()))                 # few images span less

@@ -22,10 +22,10 @@ def neighbours(path, queries, query_features, images, features, n=10, k=9):
 
     queries, images: `Images`, which may be the same, in which case an image is not its own neighbour.
     """
-    n, k = min(n, len(queries)), min(k, len(images) - 1)
-    similarity = F.normalize(query_features[:n], dim=1) @ F.normalize(features, dim=1).T
+    which, k = queries.some(n).to(features.device), min(k, len(images) - 1)
+    similarity = F.normalize(query_features[which], dim=1) @ F.normalize(features, dim=1).T
     if queries is images:
-        similarity.fill_diagonal_(-1)
+        similarity.scatter_(1, which[:, None], -1.0)
     nearest = similarity.topk(k, dim=1).indices                               # (n, k)
-    columns = [queries.at(torch.arange(n))[:, None], images.at(nearest.flatten()).unflatten(0, (n, k))]
+    columns = [queries.at(which)[:, None], images.at(nearest.flatten()).unflatten(0, nearest.shape)]
     tiles(path, torch.cat(columns, dim=1).flatten(0, 1), k + 1)
