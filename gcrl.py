@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import augment, cli, distributed, linear_probe, pictures
-from common.data import NAMES, epoch_order, load_for
+from common.data import NAMES, epoch_order, load, steps_per_epoch
 from common.run import Progress, Run, cosine, parse, set_rate, spread
 from common.transformer import Block, init_weights
 
@@ -38,8 +38,7 @@ def nearest(pixels, palette):
 def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=30):
     """k-means (Lloyd's, k-means++ start) of the images' RGB values: (V, 3) floats in [0, 1].
 
-    images: (N, 3, H, W) uint8, or floats in [0, 1]. pixels: how many are drawn to fit. V is num_colours, or less where
-    the drawn pixels have fewer colours than that.
+    images: (N, 3, H, W) uint8, or floats in [0, 1]; `pixels` of theirs are drawn. V is less where those have less.
     """
     generator = torch.Generator().manual_seed(seed)
     x = (images / 255 if images.dtype == torch.uint8 else images).permute(0, 2, 3, 1).reshape(-1, 3)
@@ -101,8 +100,7 @@ class GCRL(nn.Module):
     decoder, whose blocks of masked row attention add the tokens to the left, shifted right one place.
     """
 
-    def __init__(self, num_colours, image_size, width=256, encoder_layers=4, decoder_layers=4, heads=8,
-                 projection_dim=128):
+    def __init__(self, num_colours, image_size, width=256, encoder_layers=4, decoder_layers=4, heads=8, z_dim=128):
         super().__init__()
         self.embedding = nn.Embedding(num_colours, width)
         self.row_position = nn.Parameter(0.02 * torch.randn(image_size, 1, width))
@@ -113,7 +111,7 @@ class GCRL(nn.Module):
         self.decoder = nn.ModuleList(Block(width, heads, "row", causal=True) for _ in range(decoder_layers))
         self.decoder_norm = nn.LayerNorm(width)
         self.to_logits = nn.Linear(width, num_colours)
-        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection_dim))
+        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, z_dim))
         self.register_buffer("palette", torch.zeros(num_colours, 3))          # what the tokens stand for
         self.register_buffer("first_pixel", torch.ones(num_colours))          # weights of x_1, which L_g leaves out
         init_weights(self, depth=2 * encoder_layers + decoder_layers)
@@ -150,7 +148,7 @@ class GCRL(nn.Module):
         grid = self.encode_grid(torch.cat([x1, x2]) if contrast else x1)
         log_p = log_likelihood(self.decode(grid[: len(x1)], x1), x1) if generate else None
         h = grid.mean(dim=(1, 2))                                             # (2N, C), or (N, C) without contrast
-        z1, z2 = self.head(h).float().chunk(2) if contrast else (None, None)  # (N, projection_dim)
+        z1, z2 = self.head(h).float().chunk(2) if contrast else (None, None)  # (N, z_dim)
         return log_p, z1, z2, h
 
     @torch.no_grad()
@@ -213,8 +211,9 @@ def nt_xent(z1, z2, tau):
 # ---- arguments
 
 DEFAULTS = {  # of a data set, where they differ from those below
-    "shapes": dict(image_size=16, colours=32, width=64, encoder_layers=1, decoder_layers=1, heads=4, epochs=3,
-                   batch_size=128, lr=3e-3),
+    "shapes": dict(image_size=12, colours=2, width=64, encoder_layers=1, decoder_layers=1, heads=4, crop_min=0.5,
+                   epochs=6, batch_size=32, lr=6e-3, tau=0.1),
+    "fashionmnist": dict(image_size=28),
 }
 
 
@@ -257,7 +256,9 @@ def main(argv=None):
     generate, contrast, device = args.alpha > 0, args.beta > 0, cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
-    data, steps = distributed.first_alone(load_for, args, device, world)
+    data = distributed.first_alone(load, args.dataset, args.data_dir, args.image_size, device, args.workers,
+                                   args.cache_gb, args.seed)
+    steps = steps_per_epoch(len(data.train), args.batch_size, world)
     some = data.train.at(data.train.some(2000))                               # (2000, 3, S, S) uint8, for the palette
     palette = fit_palette(some, args.colours, args.seed)
     tokens = quantise(some, palette)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import augment, cli, distributed, linear_probe, pictures, resnet
-from common.data import NAMES, epoch_order, load_for
+from common.data import NAMES, epoch_order, load, steps_per_epoch
 from common.run import Progress, Run, cosine, parse, set_rate, spread
 
 # ---- augmentation (appendix A; appendix B.9 for CIFAR)
@@ -158,7 +158,9 @@ def main(argv=None):
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
-    data, steps = distributed.first_alone(load_for, args, device, world)          # steps an epoch
+    data = distributed.first_alone(load, args.dataset, args.data_dir, args.image_size, device, args.workers,
+                                   args.cache_gb, args.seed)
+    steps = steps_per_epoch(len(data.train), args.batch_size, world)
 
     def new_model():
         torch.manual_seed(args.seed)

@@ -100,15 +100,13 @@ def epoch_order(n, batch_size, seed, epoch, rank=0, world=1):
     return order[:, rank]
 
 
-def load_for(settings, device, world=1):
-    """The data set that a script's settings name, and its steps an epoch: (Data, int). Raises Refusal, as `load`."""
-    if settings.batch_size % world:
-        raise Refusal(f"--batch-size {settings.batch_size} is not a multiple of the {world} processes")
-    data = load(settings.dataset, settings.data_dir, settings.image_size, device, settings.workers, settings.cache_gb,
-                settings.seed)
-    if len(data.train) < settings.batch_size:
-        raise Refusal(f"--batch-size {settings.batch_size} is larger than the data set, {len(data.train)} images")
-    return data, len(data.train) // settings.batch_size                       # a partial last batch is left out
+def steps_per_epoch(n, batch_size, world=1):
+    """Whole batches in n images. Raises Refusal where there is none, or where one cannot be shared out evenly."""
+    if batch_size % world:
+        raise Refusal(f"--batch-size {batch_size} is not a multiple of the {world} processes")
+    if n < batch_size:
+        raise Refusal(f"--batch-size {batch_size} is larger than the data set, {n} images")
+    return n // batch_size
 
 
 def load(name, data_dir, image_size, device, workers, cache_gb, seed=0):

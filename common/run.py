@@ -267,7 +267,7 @@ class Progress:
         """steps: of an epoch."""
         self.run, self.epochs, self.steps, self.images, self.metrics = run, epochs, steps, steps * batch_size, metrics
         self.pending, self.sums, self.seconds, self.last = [], [0.0] * len(metrics), 0.0, None
-        self.shown, self.since, self.done, self.rate = 0.0, None, 0, 0.0
+        self.shown, self.since, self.done, self.rate = 0.0, time.perf_counter(), 0, 0.0
 
     def state_dict(self):
         self.read()
@@ -278,12 +278,9 @@ class Progress:
 
     def update(self, epoch, step, values):
         """After a step: values is a list of scalar tensors, in the order of the metrics. May raise Refusal (`read`)."""
-        now = time.perf_counter()
-        if self.since is None:
-            self.since = now
         self.at, self.done = (epoch, step), self.done + 1
         self.pending.append(torch.stack([v.detach().float() for v in values]))
-        if now - self.shown > 0.5 or step + 1 == self.steps:
+        if time.perf_counter() - self.shown > 0.5 or step + 1 == self.steps:
             self.read()
             if sys.stdout.isatty():
                 self.show(epoch, step)
@@ -304,7 +301,7 @@ class Progress:
         self.pending, self.last = [], rows[-1]
         now = time.perf_counter()
         self.seconds += now - self.since
-        self.rate = self.done * self.images / self.steps / max(now - self.since, 1e-9) if self.done else self.rate
+        self.rate = self.done * self.images / self.steps / max(now - self.since, 1e-9)
         self.since, self.done = now, 0
 
     def text(self, values):

@@ -58,8 +58,8 @@ def draw(n, image_size, seed):
     for i, label in enumerate(labels):
         ground = 0.1 + 0.25 * rng.random() + 0.2 * (rng.random(3) - 0.5)      # a dark colour
         figure = 0.65 + 0.25 * rng.random() + 0.2 * (rng.random(3) - 0.5)     # a light one
-        radius = 0.4 + 0.2 * rng.random()
-        x0, y0 = 0.5 * (2 * rng.random(2) - 1)                                # the shape's centre
+        radius = 0.5 + 0.2 * rng.random()
+        x0, y0 = 0.4 * (2 * rng.random(2) - 1)                                # the shape's centre
         tilt = 0.5 * (2 * rng.random() - 1)                                   # the tangent of its rotation
         cos = 1 / np.sqrt(1 + tilt**2)
         sin = tilt * cos
@@ -67,8 +67,8 @@ def draw(n, image_size, seed):
         d = distance(CLASSES[label], cos * x + sin * y, cos * y - sin * x)    # (H, W)
         cover = np.clip(0.5 - d * radius * image_size / 2, 0, 1)              # antialiased over one pixel
         image = ground[:, None, None] + cover * (figure - ground)[:, None, None]              # (3, H, W)
-        slope = 0.3 * (rng.random(2) - 0.5)
+        slope = 0.2 * (rng.random(2) - 0.5)
         image += slope[0] * pixel[None, :] + slope[1] * pixel[:, None]        # lit from one side
-        image += 0.3 * (rng.random((3, image_size, image_size)) - 0.5)        # noise
+        image += 0.25 * (rng.random((3, image_size, image_size)) - 0.5)        # noise
         images[i] = np.clip(np.rint(image * 255), 0, 255)
     return images, labels.astype(np.int64)
