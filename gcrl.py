@@ -213,7 +213,6 @@ def nt_xent(z1, z2, tau):
 DEFAULTS = {  # of a data set, where they differ from those below
     "shapes": dict(image_size=12, colours=2, width=64, encoder_layers=1, decoder_layers=1, heads=4, crop_min=0.5,
                    epochs=6, batch_size=32, lr=6e-3, tau=0.1),
-    "fashionmnist": dict(image_size=28),
 }
 
 
@@ -223,8 +222,8 @@ def arguments(argv):
     add = parser.add_argument
     add("--dataset", choices=NAMES, default="shapes", help="what to train on; shapes and folder need no download")
     add("--image-size", type=cli.number(int, 8, True), default=32, help="side of the images, pixels")
-    add("--alpha", type=cli.nonnegative, default=1.0, help="weight of the generative loss L_g")
-    add("--beta", type=cli.nonnegative, default=1.0, help="weight of the contrastive loss L_c")
+    add("--alpha", type=cli.nonnegative, default=1.0, help="weight of the generative loss, nats per predicted token")
+    add("--beta", type=cli.nonnegative, default=1.0, help="weight of the contrastive loss, nats")
     add("--colours", type=cli.number(int, 2, True, 4096), default=512, help="colours of the palette")
     add("--width", type=cli.count, default=256, help="channels of the transformer")
     add("--encoder-layers", type=cli.count, default=4, help="pairs of row and column attention")

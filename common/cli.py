@@ -101,14 +101,17 @@ def program(main):
     sys.exit(status)
 
 
-def pick_device(name, local_rank=0):
-    """"auto" is CUDA where there is one, else the CPU; other names are torch's ("cpu", "cuda", "cuda:1", "mps")."""
+def pick_device(name):
+    """"auto" is CUDA where there is one, else the CPU; other names are torch's ("cpu", "cuda", "cuda:1", "mps").
+
+    Each process that torchrun starts takes the CUDA device of its own number.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-            device = torch.device("cuda", local_rank)
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise Refusal(f"--device {name}: this machine has no such device, try --device auto or --device cpu") from None

@@ -788,3 +788,8 @@ def test_read_mat_of_doubles_kept_as_bytes(tmp_path):
     labels = np.array([[10.0], [1.0], [9.0]])
     (tmp_path / "a.mat").write_bytes(mat_file([("y", labels)], True, stored="u1"))
     assert np.array_equal(read_mat(tmp_path / "a.mat")["y"], labels)
+
+
+def test_shapes_are_the_same_bytes_on_every_machine():
+    pixels, labels = shapes.draw(200, 12, 0)
+    assert hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest().startswith("0db51db20cebbb5a")
