@@ -1,8 +1,8 @@
 """`shapes`: coloured images drawn from a seed, so that every script has something to train on without a download.
 
-Ten classes of shape over varying colour, size, place, rotation, background and noise, all drawn independently of the
-class: neither colour nor any single pixel gives it away. Only operations that IEEE 754 defines exactly are used (no
-sines, no normal deviates), so the bytes are the same on every machine.
+Ten classes of light shape on a dark ground, of varying colour, size, place, rotation, lighting and noise, all drawn
+independently of the class: neither colour nor any single pixel gives it away. Only operations that IEEE 754 defines
+exactly are used (no sines, no normal deviates), so the bytes are the same on every machine.
 """
 import numpy as np
 
@@ -67,8 +67,8 @@ def draw(n, image_size, seed):
         d = distance(CLASSES[label], cos * x + sin * y, cos * y - sin * x)    # (H, W)
         cover = np.clip(0.5 - d * radius * image_size / 2, 0, 1)              # antialiased over one pixel
         image = ground[:, None, None] + cover * (figure - ground)[:, None, None]              # (3, H, W)
-        slope = 0.2 * (rng.random(2) - 0.5)
+        slope = 0.3 * (rng.random(2) - 0.5)
         image += slope[0] * pixel[None, :] + slope[1] * pixel[:, None]        # lit from one side
-        image += 0.25 * (rng.random((3, image_size, image_size)) - 0.5)        # noise
+        image += 0.3 * (rng.random((3, image_size, image_size)) - 0.5)         # noise
         images[i] = np.clip(np.rint(image * 255), 0, 255)
     return images, labels.astype(np.int64)
