@@ -38,8 +38,8 @@ class Attention(nn.Module):
 
 
 def explicit_attention(q, k, v, causal):
-    """scaled_dot_product_attention in matrix products, for the CPU, where its backward over short sequences is slow:
-    at 16 positions this is 1.5 times as fast (tests/bench.py prints it)."""
+    """scaled_dot_product_attention in matrix products, for the CPU, where its backward over short sequences is
+    slow, in bf16 most of all: tests/bench.py prints by how much."""
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)                      # (B, heads, L, L)
     if causal:
         scores = scores + torch.full_like(scores[0, 0], float("-inf")).triu(1)
