@@ -211,8 +211,8 @@ def nt_xent(z1, z2, tau):
 # ---- arguments
 
 DEFAULTS = {  # of a data set, where they differ from those below
-    "shapes": dict(image_size=12, colours=2, width=64, encoder_layers=1, decoder_layers=1, heads=4, crop_min=0.5,
-                   jitter=0.3, epochs=5, batch_size=32, lr=6e-3, tau=0.1),
+    "shapes": dict(image_size=12, colours=2, width=64, encoder_layers=1, decoder_layers=1, heads=4, crop_min=0.4,
+                   jitter=0.3, epochs=4, batch_size=32, lr=2.5e-3, tau=0.1),
 }
 
 
