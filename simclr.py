@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import augment, cli, distributed, linear_probe, pictures, resnet
+from common import augment, cli, distributed, pictures, resnet
 from common.data import NAMES, epoch_order, load, steps_per_epoch
 from common.run import Progress, Run, cosine, parse, set_rate, spread
 
@@ -141,7 +141,7 @@ def arguments(argv):
     add("--epochs", type=cli.count, default=200, help="passes over the training images")
     add("--warmup", type=cli.number(float, 0, True, 1), default=0.05, help="share of the epochs with a rising rate")
     add("--batch-size", type=cli.number(int, 2, True), default=512, help="images a step, over all processes")
-    add("--optimizer", choices=("sgd", "lars"), default="sgd", help="lars is the paper's, for batches above 1024")
+    add("--optimizer", choices=("sgd", "lars"), default="sgd", help="lars is the paper's")
     add("--lr", type=cli.positive, default=0.1, help="peak learning rate for 256 images; scaled by batch size / 256")
     add("--weight-decay", type=cli.nonnegative, default=1e-4, help="of all weights but biases and batch norm")
     add("--tau", type=cli.positive, default=0.5, help="temperature of the loss")

@@ -77,9 +77,6 @@ class Run:
             "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
             "numpy": np.__version__, "threads": torch.get_num_threads()})
 
-    def __truediv__(self, name):
-        return self.folder / name
-
     def write(self, name, write):
         """Calls write(path) for a file beside `name` and puts that in its place at once: a kill leaves a whole file."""
         if self.rank == 0:

@@ -64,7 +64,7 @@ def test_next_free_folder(here):
     """Without --out each run takes the next free folder."""
     for name in ("simclr-shapes-0", "simclr-shapes-0-2", "simclr-shapes-0-3"):
         run = Run("simclr", {"resume": None, "out": None, "dataset": "shapes", "seed": 0}, CPU)
-        assert run.folder == Path("runs", name) and (run / "args.json").exists()
+        assert run.folder == Path("runs", name) and (run.folder / "args.json").exists()
     other = Run("gcrl", {"resume": None, "out": None, "dataset": "shapes", "seed": 7}, CPU)
     assert other.folder == Path("runs/gcrl-shapes-7")
 
