@@ -212,7 +212,7 @@ def nt_xent(z1, z2, tau):
 
 DEFAULTS = {  # of a data set, where they differ from those below
     "shapes": dict(image_size=12, colours=2, width=64, encoder_layers=1, decoder_layers=1, heads=4, crop_min=0.4,
-                   jitter=0.3, epochs=4, batch_size=32, lr=2.5e-3, tau=0.1),
+                   epochs=10, batch_size=32, lr=2.5e-3, tau=0.1),
 }
 
 
@@ -308,7 +308,7 @@ def main(argv=None):
                 scaler.step(optimizer)
                 scaler.update()
                 progress.update(epoch, step, [*l_g, *l_c, spread(h)])
-                if run.stop_requested(device):
+                if run.stop_requested():
                     run.stop(epoch, step + 1)
             progress.end_epoch(epoch, lr=optimizer.param_groups[0]["lr"])
             epoch, step = epoch + 1, 0

@@ -119,7 +119,7 @@ def parameter_groups(model, weight_decay):
 # ---- arguments
 
 DEFAULTS = {  # of a data set, where they differ from those below
-    "shapes": dict(image_size=16, width=16, epochs=10, batch_size=128, crop_min=0.4, lr=0.2, tau=0.2),
+    "shapes": dict(image_size=16, width=16, epochs=25, batch_size=128, crop_min=0.4, lr=0.2, tau=0.2),
     "stl10": dict(image_size=96),
     "fashionmnist": dict(image_size=28),
     "folder": dict(image_size=224, jitter=1.0, blur=0.5, stem="imagenet"),
@@ -202,7 +202,7 @@ def main(argv=None):
                 scaler.step(optimizer)
                 scaler.update()
                 progress.update(epoch, step, [loss, spread(h)])
-                if run.stop_requested(device):
+                if run.stop_requested():
                     run.stop(epoch, step + 1)
             progress.end_epoch(epoch, lr=optimizer.param_groups[0]["lr"])
             epoch, step = epoch + 1, 0

@@ -29,20 +29,20 @@ HOMES = {
 
 
 class Images:
-    """N square RGB images, and their labels where they have some.
+    """N square RGB images (or stacks of them, `Stack`), and their labels where they have some.
 
     labels: (N,) int64 on the device, or None.
     """
 
     def __init__(self, source, labels, device, workers, in_memory):
-        """source: uint8 (N, 3, S, S), or a Dataset that gives such images one by one (`Decoder`)."""
+        """source: uint8 (N, 3, S, S), or a Dataset that gives such images one by one (`Decoder`, `Stack`)."""
         self.device, self.workers = device, workers
         self.source, self.pixels = source, None
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64, device=device)
         if torch.is_tensor(source):
             self.pixels = source.to(device)
         elif in_memory:
-            first, pixels = 0, torch.empty(len(source), 3, source.image_size, source.image_size, dtype=torch.uint8)
+            first, pixels = 0, torch.empty(len(source), *source.shape, dtype=torch.uint8)
             for batch in self.stream(torch.arange(len(source)).split(256)):
                 pixels[first : first + len(batch)] = batch
                 first += len(batch)
@@ -112,22 +112,30 @@ def steps_per_epoch(n, batch_size, world=1):
 def load(name, data_dir, image_size, device, workers, cache_gb, seed=0):
     """The data set `name` (one of NAMES) as a Data of image_size x image_size images.
 
-    data_dir: where downloads are kept, or the user's folder. cache_gb: 10^9 bytes that may be kept on the device; a
-    larger data set is streamed by `workers` processes. seed: of `shapes`. Raises Refusal where images are missing or
-    cannot be read.
+    `shapes` trains on 2,000 images and probes with the labels of 500 of them, tested on 1,000: so few that neighbours
+    in pixels tell little.
+
+    data_dir: where downloads are kept, or the user's folder, or a list of aligned ones (`counterparts`), whose images
+    come as 3 channels each. cache_gb: 10^9 bytes that may be kept on the device; a larger data set is streamed by
+    `workers` processes. seed: of `shapes`. Raises Refusal where images are missing or cannot be read.
     """
     if name == "shapes":
-        parts = [(torch.from_numpy(pixels), labels) for pixels, labels in
-                 (shapes.draw(5000, image_size, 2 * seed), shapes.draw(1000, image_size, 2 * seed + 1))]
-        parts, classes, why = [None, *parts], shapes.CLASSES, ""
+        (x, y), test = shapes.draw(2000, image_size, 2 * seed), shapes.draw(1000, image_size, 2 * seed + 1)
+        parts, roots, classes, why = [(x, None), (x[:500], y[:500]), test], [], shapes.CLASSES, ""
+        parts = [(torch.from_numpy(pixels), labels) for pixels, labels in parts]
     else:
-        to_pixels = ToPixels(image_size)
+        to_pixels, roots = ToPixels(image_size), []
         if name == "folder":
-            parts, classes, why = folder(Path(data_dir))
+            roots = [Path(root) for root in (data_dir if isinstance(data_dir, (list, tuple)) else [data_dir])]
+            parts, classes, why = folder(roots[0])
         else:
             parts, classes, why = download(name, data_dir)
         parts = [part and (Decoder(part[0], to_pixels), part[1]) for part in parts]
-    size = sum(len(part[0]) for part in parts if part) * 3 * image_size**2
+        if len(roots) > 1:
+            others = [counterparts(roots[0], root) for root in roots[1:]]
+            parts = [part and (Stack([part[0], *(Decoder([other[file] for file in part[0].source], to_pixels)
+                                                 for other in others)]), part[1]) for part in parts]
+    size = sum(len(part[0]) * 3 * max(1, len(roots)) * image_size**2 for part in parts if part)
     train, labelled, test = (part and Images(*part, device, workers, size <= cache_gb * 1e9) for part in parts)
     return Data(train or labelled, labelled, test, tuple(classes), why)
 
@@ -163,7 +171,8 @@ class Decoder(Dataset):
     """
 
     def __init__(self, source, to_pixels):
-        self.source, self.to_pixels, self.image_size = source, to_pixels, to_pixels.image_size
+        self.source, self.to_pixels = source, to_pixels
+        self.shape = 3, to_pixels.image_size, to_pixels.image_size
 
     def __len__(self):
         return len(self.source)
@@ -180,9 +189,27 @@ class Decoder(Dataset):
             return f"{what} cannot be read as an image ({error}): mend it or take it out of the data set"
 
 
+class Stack(Dataset):
+    """The images of several Decoders of as many items as one, of 3 channels each."""
+
+    def __init__(self, decoders):
+        self.decoders = decoders
+        self.shape = 3 * len(decoders), *decoders[0].shape[1:]
+
+    def __len__(self):
+        return len(self.decoders[0])
+
+    def __getitem__(self, i):
+        return joined([decoder[i] for decoder in self.decoders], torch.cat)
+
+
+def joined(items, join):
+    """join(items), or the sentence in place of an image where there is one."""
+    return next((item for item in items if isinstance(item, str)), None) or join(items)
+
+
 def collate(items):
-    broken = [item for item in items if isinstance(item, str)]
-    return broken[0] if broken else torch.stack(items)
+    return joined(items, torch.stack)
 
 
 # ---- sources: ((items, labels) or None to train on without labels, to probe on, to test on), classes, why unlabelled
@@ -231,6 +258,20 @@ def folder(root):
         items = [(file, label) for label, files in enumerate(found) for file in files]
         parts.append(tuple(map(list, zip(*items))))
     return [None, *parts], classes, ""
+
+
+def counterparts(root, other):
+    """{image of root: the image of the same place and name, but for the suffix, below `other`}."""
+    def places(folder):
+        return {os.path.splitext(os.path.relpath(file, folder))[0]: file for file in image_files(folder)}
+    if not other.is_dir():
+        raise Refusal(f"{other} is not a folder")
+    ours, theirs = places(root), places(other)
+    odd = sorted(ours.keys() ^ theirs.keys())
+    if odd:
+        has, lacks = (root, other) if odd[0] in ours else (other, root)
+        raise Refusal(f"{has} has an image {odd[0]!r} and {lacks} has none: the folders need images of the same names")
+    return {file: theirs[place] for place, file in ours.items()}
 
 
 def download(name, data_dir):

@@ -14,8 +14,13 @@ def start(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return place()
+
+
+def place():
+    """(rank, world): which process this is, of how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def wrap(module, all_used=True):
@@ -25,7 +30,8 @@ def wrap(module, all_used=True):
     """
     if not dist.is_initialized():
         return module
-    return nn.parallel.DistributedDataParallel(module, find_unused_parameters=not all_used)
+    # Buffers are the same in every process, or the first's are kept: a queue or a memory bank is too large to send.
+    return nn.parallel.DistributedDataParallel(module, find_unused_parameters=not all_used, broadcast_buffers=False)
 
 
 def gather(x):
@@ -39,20 +45,20 @@ def gather(x):
 
 def first_alone(function, *args):
     """function(*args) in every process, in the first before the others: what it downloads is downloaded once."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank, world = place()
     if rank > 0:
         dist.barrier()
     result = function(*args)
-    if rank == 0 and dist.is_initialized():
+    if rank == 0 and world > 1:
         dist.barrier()
     return result
 
 
-def any_process(flag, device):
-    """Whether the flag is set in any process."""
+def any_process(flag):
+    """Whether the flag is set in any process. It stays on the CPU, so the device goes on meanwhile."""
     if not dist.is_initialized():
         return flag
-    flag = torch.tensor(float(flag), device=device)
+    flag = torch.tensor(float(flag))
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 

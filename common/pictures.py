@@ -6,6 +6,7 @@ from torchvision.utils import make_grid, save_image
 
 def tiles(path, images, columns):
     """Saves images (N, 3, S, S), uint8 or floats in [0, 1], as a PNG with `columns` to a row."""
+    images = images[:, :3]                                                    # of stacked images the first
     images = images.cpu().float() / 255 if images.dtype == torch.uint8 else images.detach().cpu().float()
     if images.shape[-1] < 64:
         images = F.interpolate(images, scale_factor=-(-64 // images.shape[-1]), mode="nearest")

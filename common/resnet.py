@@ -19,14 +19,14 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: ResNet-18 and -34."""
     expansion = 1
 
-    def __init__(self, in_channels, channels, stride):
+    def __init__(self, in_channels, channels, stride, norm_layer):
         super().__init__()
         self.conv1 = conv3x3(in_channels, channels, stride)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = norm_layer(channels)
         self.conv2 = conv3x3(channels, channels)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = norm_layer(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(in_channels, channels * self.expansion, stride)
+        self.downsample = shortcut(in_channels, channels * self.expansion, stride, norm_layer)
 
     def forward(self, x):
         y = self.relu(self.bn1(self.conv1(x)))
@@ -38,16 +38,16 @@ class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut: ResNet-50. The stride sits on the 3x3, as in torchvision."""
     expansion = 4
 
-    def __init__(self, in_channels, channels, stride):
+    def __init__(self, in_channels, channels, stride, norm_layer):
         super().__init__()
         self.conv1 = conv1x1(in_channels, channels)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = norm_layer(channels)
         self.conv2 = conv3x3(channels, channels, stride)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = norm_layer(channels)
         self.conv3 = conv1x1(channels, channels * self.expansion)
-        self.bn3 = nn.BatchNorm2d(channels * self.expansion)
+        self.bn3 = norm_layer(channels * self.expansion)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(in_channels, channels * self.expansion, stride)
+        self.downsample = shortcut(in_channels, channels * self.expansion, stride, norm_layer)
 
     def forward(self, x):
         y = self.relu(self.bn1(self.conv1(x)))
@@ -56,11 +56,11 @@ class Bottleneck(nn.Module):
         return self.relu(y + self.downsample(x))
 
 
-def shortcut(in_channels, out_channels, stride):
+def shortcut(in_channels, out_channels, stride, norm_layer):
     """The identity where shapes agree (it has no parameters, hence no key), else a strided 1x1 projection."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(conv1x1(in_channels, out_channels, stride), norm_layer(out_channels))
 
 
 class ResNet(nn.Module):
@@ -69,9 +69,10 @@ class ResNet(nn.Module):
     stem: "imagenet" is the 7x7 stride-2 convolution and max-pool; "cifar" a 3x3 convolution at full resolution, as the
         methods use for images of about 32 px, where the other would throw 15/16 of the positions away at once.
     width: channels of the first stage (64 in the paper); the later stages double it.
+    norm_layer: makes a normalisation from a number of channels.
     """
 
-    def __init__(self, block, layers, stem="cifar", width=64, in_channels=3):
+    def __init__(self, block, layers, stem="cifar", width=64, in_channels=3, norm_layer=nn.BatchNorm2d):
         super().__init__()
         if stem not in ("cifar", "imagenet"):
             raise ValueError(f"stem is 'cifar' or 'imagenet', not {stem!r}")
@@ -81,14 +82,14 @@ class ResNet(nn.Module):
         else:
             self.conv1 = conv3x3(in_channels, width)
             self.maxpool = nn.Identity()
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = norm_layer(width)
         self.relu = nn.ReLU(inplace=True)
         channels = width
         for stage, depth in enumerate(layers):
             blocks = []
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(block(channels, width * 2**stage, stride))
+                blocks.append(block(channels, width * 2**stage, stride, norm_layer))
                 channels = width * 2**stage * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.feature_dim = channels
@@ -102,13 +103,13 @@ class ResNet(nn.Module):
         return x.mean(dim=(2, 3))                                             # (N, feature_dim)
 
 
-def resnet18(stem="cifar", width=64, in_channels=3):
-    return ResNet(BasicBlock, (2, 2, 2, 2), stem, width, in_channels)
+def resnet18(stem="cifar", width=64, in_channels=3, norm_layer=nn.BatchNorm2d):
+    return ResNet(BasicBlock, (2, 2, 2, 2), stem, width, in_channels, norm_layer)
 
 
-def resnet34(stem="cifar", width=64, in_channels=3):
-    return ResNet(BasicBlock, (3, 4, 6, 3), stem, width, in_channels)
+def resnet34(stem="cifar", width=64, in_channels=3, norm_layer=nn.BatchNorm2d):
+    return ResNet(BasicBlock, (3, 4, 6, 3), stem, width, in_channels, norm_layer)
 
 
-def resnet50(stem="cifar", width=64, in_channels=3):
-    return ResNet(Bottleneck, (3, 4, 6, 3), stem, width, in_channels)
+def resnet50(stem="cifar", width=64, in_channels=3, norm_layer=nn.BatchNorm2d):
+    return ResNet(Bottleneck, (3, 4, 6, 3), stem, width, in_channels, norm_layer)

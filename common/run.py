@@ -185,8 +185,8 @@ class Run:
                                break_on_hyphens=False))
         self.say(f"run folder: {self.folder}")
 
-    def stop_requested(self, device):
-        return distributed.any_process(self.signal is not None, device)
+    def stop_requested(self):
+        return distributed.any_process(self.signal is not None)
 
     def stop(self, epoch, step):
         """Saves, says how to go on and exits with 130 (Ctrl-C) or 143 (SIGTERM)."""

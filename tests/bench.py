@@ -15,9 +15,11 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import cmc  # noqa: E402
 import gcrl  # noqa: E402
+import moco  # noqa: E402
 import simclr  # noqa: E402
-from common import augment, cli, transformer  # noqa: E402
+from common import augment, cli, resnet, transformer  # noqa: E402
 from common.run import peak_memory  # noqa: E402
 
 
@@ -72,6 +74,69 @@ def bench_simclr(device, autocast, n, repeats, width):
     show("  bare encoder, forward and backward, images/s", f"{n / encoder:.0f}")
     show("  step / bare encoder", f"{full / encoder:.2f}", "goal 1.15")
     show("  peak memory, GB", f"{peak_memory(device) / 1e9:.2f}")
+
+
+def bench_moco(device, autocast, n, repeats, width):
+    x = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, device=device)
+    encoder = moco.Encoder("resnet18", "cifar", width, "linear", 8)
+    model = moco.MoCo(encoder, "queue", 4096, 0.99).to(device, memory_format=torch.channels_last)
+    plain = resnet.resnet18("cifar", width).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.query.parameters(), 0.01, momentum=0.9)
+    rng = augment.Random(0)
+    one = torch.rand(n, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+
+    def step():
+        x1, x2 = (moco.view(x, rng, 32, 0.08, "v2", 0.0) for _ in range(2))
+        with autocast:
+            loss, _, q, k = model(x1.contiguous(memory_format=torch.channels_last), x2, 0.1, False, None, None,
+                                  torch.randperm(n).to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.remember(q, k)
+
+    def bare():
+        with autocast:
+            h = plain(one)
+            with torch.no_grad():
+                plain(one)
+        h.float().square().mean().backward()
+        plain.zero_grad()
+
+    full, bare_encoder = medians(device, repeats, step, bare)
+    show(f"moco, queue, ResNet-18 width {width}: full step, images/s", f"{n / full:.0f}")
+    show("  bare encoder: a view forward and backward, one forward, images/s", f"{n / bare_encoder:.0f}")
+    show("  step / bare encoder (the step normalises in 8 groups)", f"{full / bare_encoder:.2f}")
+
+
+def bench_cmc(device, autocast, n, repeats, width):
+    x = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, device=device)
+    model = cmc.CMC(cmc.Encoder("lab", "resnet18", "cifar", width), 50_000)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    rng, index, pairs = augment.Random(0), torch.arange(n, device=device), cmc.pairs_of("full", 2)
+    parts = cmc.split(torch.rand(n, 3, 32, 32, device=device), "lab")
+
+    def step():
+        drawn = torch.randint(50_000, (4096,)).to(device)
+        with autocast:
+            z = model(cmc.augmented(x, rng, 32, 0.2, 0.0))[1]
+        loss = model.loss(z, index, drawn, pairs, "nce", 0.07)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.remember(z, index, 0.5)
+
+    def bare():
+        with autocast:
+            h = [net(v.contiguous(memory_format=torch.channels_last)) for net, v in zip(model.encoder.nets, parts)]
+        torch.cat(h).float().square().mean().backward()
+        model.zero_grad()
+
+    full, encoders = medians(device, repeats, step, bare)
+    show(f"cmc, L and ab, two ResNet-18 of width {width}: full step, images/s", f"{n / full:.0f}")
+    show("  bare encoders, forward and backward, images/s", f"{n / encoders:.0f}")
+    show("  step / bare encoders", f"{full / encoders:.2f}")
 
 
 def bench_augmentation(device, n, repeats):
@@ -180,6 +245,8 @@ def main():
     print(f"{device}, {amp or torch.float32}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"batch {args.batch_size}")
     bench_simclr(device, autocast, args.batch_size, args.repeats, args.width)
+    bench_moco(device, autocast, args.batch_size, args.repeats, args.width)
+    bench_cmc(device, autocast, args.batch_size, args.repeats, args.width // 2)
     bench_augmentation(device, 512, args.repeats)
     width, layers = (256, 4) if device.type == "cuda" else (128, 2)
     bench_gcrl(device, autocast, max(16, args.batch_size // 4), args.repeats, width, layers)

@@ -217,9 +217,9 @@ def test_second_signal(here, number):
     try:
         signal.signal(number, lambda *_: caught.append(1))
         with (run := new_run()):
-            assert not run.stop_requested(CPU)
+            assert not run.stop_requested()
             os.kill(os.getpid(), number)
-            assert run.stop_requested(CPU) and not caught
+            assert run.stop_requested() and not caught
             os.kill(os.getpid(), number)
             assert caught
     finally:

@@ -1,4 +1,4 @@
-"""simclr.py and gcrl.py from the command line: what a run leaves behind, and that it can be repeated and resumed."""
+"""The scripts from the command line: what a run leaves behind, and that it can be repeated and resumed."""
 import argparse
 import json
 import math
@@ -13,7 +13,9 @@ import torch
 import torchvision
 from PIL import Image
 
+import cmc
 import gcrl
+import moco
 import simclr
 from common import cli
 from common.cli import Refusal
@@ -57,7 +59,7 @@ def test_log(script, finished):
     """One line an epoch with every metric and the rate, finite; the same epochs on the terminal."""
     run = finished(script)
     log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    metrics = {"loss", "spread"} if script is simclr else {"nats", "contrastive", "spread"}
+    metrics = {"nats", "contrastive", "spread"} if script is gcrl else {"loss", "spread"}
     assert [entry["epoch"] for entry in log] == [1, 2]
     for entry in log:
         assert entry.keys() == metrics | {"epoch", "lr", "seconds"}
@@ -78,8 +80,9 @@ def test_encoder_is_the_checkpoints(script, finished):
     folder = finished(script).folder
     encoder = torch.load(folder / "encoder.pt", weights_only=True)
     model = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
-    if script is simclr:
-        model = {k.removeprefix("encoder."): v for k, v in model.items() if k.startswith("encoder.")}
+    if script is not gcrl:
+        prefix = "query.backbone." if script is moco else "encoder."
+        model = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
         assert encoder.keys() == model.keys()
     else:
         assert {k.split(".")[0] for k in encoder} == {
@@ -87,9 +90,10 @@ def test_encoder_is_the_checkpoints(script, finished):
     assert all(torch.equal(v, model[k]) for k, v in encoder.items())
 
 
-def test_encoder_loads_into_torchvision(tiny, here):
+@pytest.mark.parametrize("script", [simclr, moco])
+def test_encoder_loads_into_torchvision(script, tiny, here):
     """With --stem imagenet --width 64 torchvision's resnet18 takes the encoder; only its classifier is missing."""
-    simclr.main(tiny(simclr, "--stem", "imagenet", "--width", 64, "--epochs", 1, "--out", "run"))
+    script.main(tiny(script, "--stem", "imagenet", "--width", 64, "--epochs", 1, "--out", "run"))
     state = torch.load("run/encoder.pt", weights_only=True)
     missing = torchvision.models.resnet18().load_state_dict(state, strict=False)
     assert not missing.unexpected_keys and set(missing.missing_keys) == {"fc.weight", "fc.bias"}
@@ -105,7 +109,9 @@ def test_training_moves_every_weight(script, finished):
     """The trained model differs from the untrained one of the same seed in every parameter."""
     run = finished(script)
     torch.manual_seed(0)
-    model = simclr.SimCLR("resnet18", "cifar", 4) if script is simclr else gcrl.GCRL(4, 8, 8, 1, 1, 2)
+    model = {"simclr": lambda: simclr.SimCLR("resnet18", "cifar", 4), "gcrl": lambda: gcrl.GCRL(4, 8, 8, 1, 1, 2),
+             "moco": lambda: moco.MoCo(moco.Encoder("resnet18", "cifar", 4, "mlp", 2), "queue", 12),
+             "cmc": lambda: cmc.CMC(cmc.Encoder("lab", "resnet18", "cifar", 4), 40)}[script.__name__]()
     still = [name for name, p in model.named_parameters() if torch.equal(p, run.model[name])]
     assert not still
 
@@ -145,7 +151,7 @@ def test_stopped_and_resumed(script, tiny, finished, here, same, content, monkey
     """Stopped after step k of 10 (5: the epoch's last, before its line is logged) a resumed run ends bit for bit."""
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(script.Run, "stop_requested", lambda self, device: seen.append(0) or len(seen) == k)
+        patch.setattr(script.Run, "stop_requested", lambda self: seen.append(0) or len(seen) == k)
         with pytest.raises(SystemExit) as stop:
             script.main(tiny(script, "--out", "run"))
     assert stop.value.code == 143 and "--resume run" in capsys.readouterr().out
@@ -161,7 +167,7 @@ def test_stopped_twice(script, tiny, finished, here, same, content, monkeypatch)
     """Stopped in each epoch and resumed from elsewhere with other workers: still the same bits."""
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(script.Run, "stop_requested", lambda self, device: seen.append(0) or len(seen) in (2, 6))
+        patch.setattr(script.Run, "stop_requested", lambda self: seen.append(0) or len(seen) in (2, 6))
         for argv in (tiny(script, "--out", "run"), ["--resume", here / "run"]):
             with pytest.raises(SystemExit):
                 script.main(argv)
@@ -194,15 +200,16 @@ def test_killed_and_resumed(script, tiny, finished, here, same, content, monkeyp
 @pytest.mark.parametrize("stopped", [False, True], ids=["runs on", "asked to stop"])
 def test_loss_not_finite(script, tiny, finished, here, same, content, monkeypatch, stopped):
     """A nan at step 3 of epoch 2 is refused by step and epoch; the checkpoint of epoch 1 stays and is good."""
-    nt_xent, seen = script.nt_xent, []
+    name, calls = {"moco": ("info_nce", 1), "cmc": ("softmax_contrast", 2)}.get(script.__name__, ("nt_xent", 1))
+    loss, seen = getattr(script, name), []
 
     def broken(*args):
         seen.append(0)
-        return nt_xent(*args) * (math.nan if len(seen) == 8 else 1)
+        return loss(*args) * (math.nan if len(seen) == 8 * calls else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "nt_xent", broken)
-        patch.setattr(script.Run, "stop_requested", lambda self, device: stopped and len(seen) == 8)
+        patch.setattr(script, name, broken)
+        patch.setattr(script.Run, "stop_requested", lambda self: stopped and len(seen) == 8 * calls)
         with pytest.raises(Refusal, match="step 3 of epoch 2.*--lr"):
             script.main(tiny(script, "--out", "run"))
     state = torch.load("run/checkpoint.pt", weights_only=True)
@@ -215,16 +222,22 @@ def test_loss_not_finite(script, tiny, finished, here, same, content, monkeypatc
 
 
 BAD = {
-    "both": ["--epochs 0", "--epochs two", "--batch-size 1", "--batch-size 41", "--tau 0", "--tau -1", "--tau nan",
+    "all": ["--epochs 0", "--epochs two", "--batch-size 1", "--batch-size 41", "--tau 0", "--tau -1", "--tau nan",
              "--tau inf", "--lr -1", "--lr 0", "--weight-decay -1", "--image-size 4", "--crop-min 0", "--crop-min 2",
-             "--width 0", "--device nonsense", "--dataset mnist", "--warmup 2", "--jitter -1", "--seed -1",
+             "--width 0", "--device nonsense", "--dataset mnist", "--seed -1",
              "--workers -1", "--cache-gb nan", "--amp fp16", "--data-dir nowhere", "--learning-rate 1", "--resume"],
-    "simclr": ["--blur 1.1", "--arch resnet9", "--stem big", "--optimizer adam"],
-    "gcrl": ["--alpha 0 --beta 0", "--alpha -1", "--heads 3", "--heads 0", "--colours 1", "--encoder-layers 0"],
+    "simclr": ["--blur 1.1", "--arch resnet9", "--stem big", "--optimizer adam", "--warmup 2", "--jitter -1"],
+    "moco": ["--dictionary book", "--negatives 0", "--negatives -1", "--m 2", "--bank-m -1", "--head none", "--blur 2",
+             "--bn-groups 3", "--bn-groups 0", "--symmetric --dictionary memory-bank", "--schedule none"],
+    "cmc": ["--views hsv", "--views-dir x", "--graph star", "--contrast l2", "--negatives -1", "--bank-m 1.5",
+            "--jitter -1", "--dataset fashionmnist"],
+    "gcrl": ["--warmup 2", "--jitter -1", "--alpha 0 --beta 0", "--alpha -1", "--heads 3", "--heads 0",
+             "--colours 1", "--encoder-layers 0"],
 }
 
 
-@pytest.mark.parametrize("script, flags", [(s, f) for s in (simclr, gcrl) for f in BAD["both"] + BAD[s.__name__]],
+@pytest.mark.parametrize("script, flags", [(script, flags) for script in (simclr, moco, cmc, gcrl)
+                                           for flags in BAD["all"] + BAD[script.__name__]],
                          ids=lambda value: getattr(value, "__name__", value), scope="function")
 def test_bad_value(script, flags, tiny, here, monkeypatch, capsys):
     """Exit status 2 and one line on stderr that names the flag; nothing is written."""
@@ -275,7 +288,7 @@ def test_help_of_another_data_set(here, capsys, argv):
 def test_defaults_of_a_data_set(tmp_path):
     """A data set's own settings hold unless a flag says otherwise."""
     shapes, folder = simclr.arguments([]), simclr.arguments(["--dataset", "folder", "--blur", "0.25"])
-    assert (shapes.dataset, shapes.image_size, shapes.epochs, shapes.tau) == ("shapes", 16, 10, 0.2)
+    assert (shapes.dataset, shapes.image_size, shapes.epochs, shapes.tau) == ("shapes", 16, 25, 0.2)
     assert (folder.image_size, folder.stem, folder.blur, folder.epochs) == (224, "imagenet", 0.25, 200)
     assert simclr.arguments(["--dataset", "cifar10"]).image_size == 32
 
@@ -316,8 +329,25 @@ def test_beta_zero(tiny, here, monkeypatch):
         "epoch", "nats", "spread", "lr", "seconds"}
 
 
-@pytest.mark.parametrize("flags", ["--optimizer lars", "--arch resnet50", "--amp bf16"])
-def test_simclr_variants(tiny, here, flags):
-    """The other optimiser, bottleneck blocks and bf16 train."""
-    metrics = simclr.main(tiny(simclr, "--epochs", 1, *flags.split()))
+# ---- variants
+
+
+@pytest.mark.parametrize("script, flags", [
+    (simclr, "--optimizer lars"), (simclr, "--arch resnet50"), (simclr, "--amp bf16"),
+    (moco, "--dictionary memory-bank"), (moco, "--dictionary memory-bank --negatives 0"), (moco, "--symmetric"),
+    (moco, "--dictionary end-to-end --symmetric"), (moco, "--head mlp --augmentation v1 --schedule steps"),
+    (moco, "--negatives 7"), (moco, "--negatives 5 --symmetric"), (cmc, "--views rgb --graph core --jitter 0.5"),
+    (cmc, "--contrast nce"), (cmc, "--views ycbcr --contrast nce --negatives 0"), (moco, "--amp bf16"),
+    (cmc, "--amp bf16")],
+    ids=lambda value: getattr(value, "__name__", value))
+def test_variants_train_and_resume(script, flags, tiny, here, same, content, monkeypatch):
+    """Stopped after step 3 of 5 and resumed they end as without the stop, bit for bit: queues and banks too."""
+    seen, flags = [], [*flags.split(), "--epochs", 1]
+    metrics = script.main(tiny(script, "--out", "whole", *flags))
     assert 0 <= metrics["linear"]["trained"] <= 1
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "stop_requested", lambda self: seen.append(0) or len(seen) == 3)
+        with pytest.raises(SystemExit):
+            script.main(tiny(script, "--out", "run", *flags))
+    script.main(["--resume", "run"])
+    assert same(content(here / "run"), content(here / "whole"))

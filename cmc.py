@@ -1,0 +1,340 @@
+"""CMC: Contrastive Multiview Coding (Tian et al. 2019, 1906.05849).
+
+Views are channels of one image (L and ab, Y and CbCr, or R, G and B), or aligned folders of images (colour and depth,
+say). Each view V_i has an encoder and a projection z_i = g_i(f_i(v_i)), |z_i| = 1. Views of one image shall be near, of
+different images far, by the critic h(v_i, v_j) = exp(z_i.z_j / tau). Anchored at view i, contrasting view j:
+
+    softmax    -log  h(v_i, v_j) / (h(v_i, v_j) + sum_{l=1..m} h(v_i, v_j^l))
+    nce        -log  P(v_j) - sum_{l=1..m} log (1 - P(v_j^l)),     P = p / (p + m / n),  p = h / Z
+
+L(V_i, V_j) is the sum of both anchorings; --graph core sums it over the pairs with the first view, full over all pairs.
+The z_j of the n training images are kept in a memory bank for each view, as running means, and m negatives are drawn
+from it; one draw serves the batch, where the paper draws for each image. Z is estimated on the first batch and stays.
+What is kept, and probed, is the concatenation of all f_i(v_i).
+
+    python cmc.py                                           # embedded data, L and ab, two minutes on two cores
+    python cmc.py --dataset cifar10 --contrast nce          # ResNet-18 of half width a view, 200 epochs
+    python cmc.py --views-dir COLOUR DEPTH                  # two folders of images of the same names
+"""
+import itertools
+import math
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import augment, cli, distributed, pictures, resnet
+from common.data import NAMES, epoch_order, load, steps_per_epoch
+from common.run import Progress, Run, cosine, parse, set_rate, spread
+
+# ---- views
+
+CHANNELS = {"lab": (1, 2), "ycbcr": (1, 2), "rgb": (1, 1, 1)}
+
+
+def linear_map(x, matrix):
+    """(N, 3, H, W) times a 3 x 3 matrix (rows to), in x's own precision: autocast would take bf16 for a product."""
+    return sum(x[:, i : i + 1] * x.new_tensor(column)[:, None, None] for i, column in enumerate(zip(*matrix)))
+
+
+def rgb_to_lab(x):
+    """sRGB (N, 3, H, W) in [0, 1] to CIE 1976 L*a*b*, white D65: L in [0, 100], a and b within about [-108, 99].
+
+    IEC 61966-2-1 (sRGB), CIE 15 (L*a*b*, 2 degree observer).
+    """
+    linear = torch.where(x <= 0.04045, x / 12.92, ((x.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4)
+    xyz = linear_map(linear, ((0.4124564, 0.3575761, 0.1804375),
+                              (0.2126729, 0.7151522, 0.0721750),
+                              (0.0193339, 0.1191920, 0.9503041)))
+    t = xyz / x.new_tensor([0.95047, 1.0, 1.08883])[:, None, None]            # of the white point
+    f = torch.where(t > (6 / 29) ** 3, t.clamp(min=1e-6) ** (1 / 3), t * (29 / 6) ** 2 / 3 + 4 / 29)
+    fx, fy, fz = f.split(1, dim=1)
+    return torch.cat([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], dim=1)
+
+
+def rgb_to_ycbcr(x):
+    """RGB (N, 3, H, W) in [0, 1] to JPEG's YCbCr (ITU-R BT.601, full range): Y in [0, 1], Cb and Cr in [-0.5, 0.5]."""
+    return linear_map(x, ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312)))
+
+
+def split(x, views):
+    """(N, 3, H, W) RGB in [0, 1] to its views, each (N, channels, H, W), scaled to about [-1, 1].
+
+    views: one of CHANNELS, or "folders", where x holds three channels of each folder.
+    """
+    if views == "lab":
+        lab = rgb_to_lab(x)
+        return [lab[:, :1] / 50 - 1, lab[:, 1:] / 50]                         # a and b of photographs are small
+    if views == "ycbcr":
+        y, chroma = rgb_to_ycbcr(x).split((1, 2), dim=1)
+        return [2 * y - 1, 4 * chroma]
+    return (2 * x - 1).split(1 if views == "rgb" else 3, dim=1)
+
+
+def augmented(x, rng, size, crop_min, jitter):
+    """The same crop, flip and, if jitter (SimCLR's strength s) > 0, colours for all views of an image:
+    x uint8 (N, C, H, W) to float (N, C, size, size) in [0, 1]."""
+    n, s = len(x), jitter
+    x = x.float() / 255
+    x = augment.resized_crop(x, *augment.crop_boxes(rng, n, *x.shape[2:], scale=(crop_min, 1.0)), size)
+    if s > 0:
+        factors, order = augment.jitter_parameters(rng, n, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
+        x = augment.apply_where(rng.uniform(n) < 0.8, augment.color_jitter, x, factors, order)
+    return augment.horizontal_flip(x, rng.uniform(n) < 0.5)
+
+
+# ---- model
+
+
+class Encoder(nn.Module):
+    """A ResNet for each view: (N, 3, S, S) RGB in [0, 1] to the concatenation of their features, (N, feature_dim)."""
+
+    def __init__(self, views, arch, stem, width, folders=0):
+        super().__init__()
+        self.views = views
+        channels = CHANNELS.get(views, folders * (3,))
+        self.nets = nn.ModuleList(getattr(resnet, arch)(stem, width, in_channels) for in_channels in channels)
+        self.feature_dim = sum(net.feature_dim for net in self.nets)
+
+    def features(self, x):
+        return [net(v.contiguous(memory_format=torch.channels_last)) for net, v in zip(self.nets, split(x, self.views))]
+
+    def forward(self, x):
+        return torch.cat(self.features(x), dim=1)
+
+
+class CMC(nn.Module):
+    """Encoders, projections, and as buffers the memory banks and what Z was estimated to be."""
+
+    def __init__(self, encoder, images, dim=128):
+        super().__init__()
+        self.encoder, count = encoder, len(encoder.nets)
+        self.heads = nn.ModuleList(nn.Linear(net.feature_dim, dim) for net in encoder.nets)
+        self.register_buffer("bank", F.normalize(torch.randn(count, images, dim), dim=2))     # (V, n, C)
+        self.register_buffer("log_z", torch.zeros(count, count))              # of anchor i, contrasted view j
+
+    def forward(self, x):
+        """h (N, feature_dim), and z (N, V, C) of length 1."""
+        features = self.encoder.features(x)                                   # V times (N, feature_dim / V)
+        z = torch.stack([head(f) for head, f in zip(self.heads, features)], dim=1)
+        return torch.cat(features, dim=1), F.normalize(z.float(), dim=2)
+
+    def loss(self, z, index, drawn, pairs, contrast, tau):
+        """The sum over the (anchor, contrasted) views (i, j) of pairs. z: (N, V, C) of the whole batch, index: (N,)
+        which training images these are, drawn: (m,) whose vectors are the negatives; an image's own is left out."""
+        own, total = index[:, None] == drawn, 0.0
+        for i, j in pairs:
+            q, k, negatives = z[:, i], self.bank[j, index], self.bank[j, drawn]
+            if contrast == "softmax":
+                total = total + softmax_contrast(q, k, negatives, tau, own)
+            else:
+                total = total + nce(q, k, negatives, tau, self.log_z[i, j], self.bank.shape[1], own)
+        return total
+
+    @torch.no_grad()
+    def estimate_z(self, z, drawn, pairs, tau):
+        """Z = n times the mean of exp(z_i.z_j / tau) over the anchors and the drawn vectors (Wu et al. 2018)."""
+        for i, j in pairs:
+            scores = z[:, i] @ self.bank[j, drawn].T / tau                    # (N, m)
+            self.log_z[i, j] = scores.logsumexp(dim=(0, 1)) + math.log(self.bank.shape[1] / scores.numel())
+
+    @torch.no_grad()
+    def remember(self, z, index, momentum):
+        """The banks' vectors move towards z (N, V, C): momentum of the old, 1 - momentum of the new."""
+        old = self.bank[:, index]                                             # (V, N, C)
+        self.bank[:, index] = F.normalize(torch.lerp(z.transpose(0, 1), old, momentum), dim=2)
+
+
+def pairs_of(graph, count):
+    """The (anchor, contrasted) views, both ways: of each pair ("full") or of the first with each other one ("core")."""
+    return [(i, j) for i, j in itertools.permutations(range(count), 2) if graph == "full" or 0 in (i, j)]
+
+
+# ---- losses
+
+
+def softmax_contrast(q, k, negatives, tau, own=None):
+    """-log of the softmax, mean over the anchors: a scalar. Equal keys give log(1 + m), the chance level.
+
+    q, k: (N, C) anchors and the other view's vectors of the same images. negatives: (m, C). All of length 1.
+    tau > 0, the temperature. own: (N, m) bool, true where a negative is of the anchor's own image, and is left out.
+    """
+    others = q @ negatives.T                                                  # (N, m)
+    if own is not None:
+        others = others.masked_fill(own, -math.inf)
+    logits = torch.cat([(q * k).sum(dim=1, keepdim=True), others], dim=1) / tau               # (N, 1 + m)
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
+
+
+def nce(q, k, negatives, tau, log_z, images, own=None):
+    """Noise-contrastive estimation (Gutmann & Hyvarinen 2010, as Wu et al. 2018), mean over the anchors: a scalar.
+
+    Telling the key from m draws of uniform noise over the n = `images`: a logistic regression on log p - log(m / n),
+    p = exp(q.k / tau) / Z. log_z: log Z. The rest as in `softmax_contrast`.
+    """
+    threshold = log_z + math.log(len(negatives) / images)
+    positive = (q * k).sum(dim=1) / tau - threshold                           # (N,)
+    others = q @ negatives.T / tau - threshold                                # (N, m)
+    if own is not None:
+        others = others.masked_fill(own, -math.inf)
+    return (F.softplus(-positive) + F.softplus(others).sum(dim=1)).mean()
+
+
+# ---- arguments
+
+DEFAULTS = {  # of a data set, where they differ from those below
+    "shapes": dict(image_size=16, width=8, epochs=70, crop_min=0.8, lr=0.1, negatives=512),
+    "stl10": dict(image_size=96),
+    "folder": dict(image_size=224, stem="imagenet", negatives=16384, batch_size=256, weight_decay=1e-4),
+}
+
+
+def arguments(argv):
+    argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
+    if "--views-dir" in argv:
+        argv = ["--dataset", "folder", *argv]
+    parser = cli.Parser(prog="cmc.py", description="CMC. Defaults are those of --dataset shapes; with another "
+                        "--dataset beside --help, that one's.")
+    add = parser.add_argument
+    add("--dataset", choices=[name for name in NAMES if name != "fashionmnist"], default="shapes",
+        help="what to train on, in colour; shapes and folder need no download")
+    add("--image-size", type=cli.number(int, 8, True), default=32, help="side of the images, pixels")
+    add("--views", choices=CHANNELS, default="lab", help="channels that are views: L and ab, Y and CbCr, or R, G and B")
+    add("--views-dir", nargs="+", default=None, metavar="DIR",
+        help="views of your own: folders as in --data-dir, with images of the same names")
+    add("--graph", choices=("full", "core"), default="full", help="pairs of views: all, or those with the first")
+    add("--contrast", choices=("nce", "softmax"), default="softmax",
+        help="loss; nce is the paper's, softmax what its authors found better later")
+    add("--negatives", type=cli.count_or_zero, default=4096, help="m: drawn from the memory bank (0: all of it)")
+    add("--bank-m", type=cli.number(float, 0, True, 1), default=0.5, help="momentum of the memory banks' vectors")
+    add("--crop-min", type=cli.number(float, 0, high=1), default=0.2, help="least share of the area that a crop keeps")
+    add("--jitter", type=cli.nonnegative, default=0.0, help="strength of a colour distortion before the split")
+    add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoders")
+    add("--width", type=cli.count, default=32, help="channels of an encoder's first stage (paper: half of 64)")
+    add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
+    add("--epochs", type=cli.count, default=200, help="passes over the training images")
+    add("--warmup", type=cli.number(float, 0, True, 1), default=0.05, help="share of the epochs with a rising rate")
+    add("--batch-size", type=cli.number(int, 2, True), default=128, help="images a step, over all processes")
+    add("--lr", type=cli.positive, default=0.03, help="peak learning rate for 256 images; scaled by batch size / 256")
+    add("--weight-decay", type=cli.nonnegative, default=5e-4, help="of all weights (paper: 0.0001)")
+    add("--tau", type=cli.positive, default=0.1, help="temperature of the loss (ImageNet: 0.07)")
+    cli.add_run_flags(parser)
+    args = parse(parser, argv, DEFAULTS)
+    if args.views_dir:
+        if args.dataset != "folder":
+            raise cli.Refusal(f"--views-dir is a data set of its own: leave --dataset {args.dataset} out")
+        if len(args.views_dir) < 2:
+            raise cli.Refusal("--views-dir needs at least two folders")
+        if args.jitter:
+            raise cli.Refusal("--jitter is for colours, which --views-dir may not have: leave one of them out")
+    return args
+
+
+# ---- training
+
+
+@torch.no_grad()
+def fill(model, images, batch_size, rng, recipe, autocast):
+    """Lets the banks begin as what the untrained encoders say of the images (of type `Images`).
+
+    With random vectors, as in the paper, the first epoch teaches to keep away from the vectors seen so far, and the
+    encoders take many epochs to come back from that."""
+    starts = [min(start, len(images) - batch_size) for start in range(0, len(images), batch_size)]
+    order = [torch.arange(start, start + batch_size) for start in starts]
+    for index, x in zip(order, images.batches(order)):
+        with autocast:
+            z = model(augmented(x, rng, *recipe))[1]
+        model.remember(z, index.to(z.device), 0.0)
+
+
+def main(argv=None):
+    """Trains, evaluates and writes the run's folder. Returns the final metrics (result.json)."""
+    args = arguments(argv)
+    device = cli.pick_device(args.device)
+    amp = cli.pick_amp(args.amp, device)
+    rank, world = distributed.start(device)
+    data = distributed.first_alone(load, args.dataset, args.views_dir or args.data_dir, args.image_size, device,
+                                   args.workers, args.cache_gb, args.seed)
+    images = len(data.train)
+    steps = steps_per_epoch(images, args.batch_size, world)
+    views, folders = ("folders", len(args.views_dir)) if args.views_dir else (args.views, 0)
+    pairs = pairs_of(args.graph, folders or len(CHANNELS[views]))
+
+    def new_model():
+        torch.manual_seed(args.seed)
+        model = CMC(Encoder(views, args.arch, args.stem, args.width, folders), images)
+        return distributed.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
+
+    model = new_model()
+    net = distributed.wrap(model)
+    net = torch.compile(net) if args.compile else net
+    lr = args.lr * args.batch_size / 256
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay)
+    autocast = torch.autocast(device.type, amp, enabled=amp is not None)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    rng, recipe = augment.Random(args.seed, rank, world), (args.image_size, args.crop_min, args.jitter)
+
+    run = Run("cmc", vars(args), device, rank)
+    m = args.negatives or images
+    chance = math.log(1 + m) + (m * math.log1p(1 / m) if args.contrast == "nce" else 0)
+    metrics = {"loss": ("loss", f"chance {len(pairs) * chance:.3f}"), "spread": ("spread", "")}
+    progress = Progress(run, args.epochs, steps, args.batch_size, metrics)
+    run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng, progress=progress)
+    epoch, step = run.restore()
+    run.describe(vars(args), precision=amp or torch.float32, images=images, steps=steps, processes=world)
+    net.train()
+    if epoch == step == 0:
+        fill(model, data.train, args.batch_size, augment.Random(args.seed), recipe, autocast)
+    with run:
+        while epoch < args.epochs:
+            order = epoch_order(images, args.batch_size, args.seed, epoch, rank, world)[step:]
+            for step, (index, x) in enumerate(zip(order, data.train.batches(order)), step):
+                x = augmented(x, rng, *recipe)                                # (N, 3 or 3 folders, S, S)
+                index = distributed.gather(index.to(device))                  # (N,), of the whole batch
+                drawn = torch.randint(images, (m,), generator=rng.generator) if args.negatives else torch.arange(images)
+                drawn = drawn.to(device, non_blocking=True)
+                set_rate(optimizer, lr * cosine(epoch * steps + step, args.epochs * steps, args.warmup))
+                with autocast:
+                    h, z = net(x)
+                z = distributed.gather(z)
+                if epoch == step == 0:
+                    model.estimate_z(z, drawn, pairs, args.tau)
+                loss = model.loss(z, index, drawn, pairs, args.contrast, args.tau)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                model.remember(z, index, args.bank_m)
+                progress.update(epoch, step, [loss, spread(h)])
+                if run.stop_requested():
+                    run.stop(epoch, step + 1)
+            progress.end_epoch(epoch, lr=optimizer.param_groups[0]["lr"])
+            epoch, step = epoch + 1, 0
+            run.save(epoch, step)
+
+    if rank > 0:
+        return {}
+
+    def encoder(model):
+        def encode(x):                                                        # uint8 (N, C, S, S) to (N, feature_dim)
+            with autocast:
+                return model.encoder(x.float() / 255)
+        return encode, model
+
+    run.write("encoder.pt", lambda path: torch.save(model.encoder.state_dict(), path))
+    x = augmented(data.train.at(data.train.some(32)), augment.Random(args.seed), *recipe)
+    seen = [seen_as_colours(v) for v in split(x, views)]
+    run.write("views.png", lambda path: pictures.rows(path, *([] if folders else [x]), *seen))
+    return run.finish(data, {"untrained": encoder(new_model()), "trained": encoder(model)}, device)
+
+
+def seen_as_colours(view):
+    """A view of `split` for a person's eye: one channel in grey, two as red and green beside a middling blue."""
+    n, channels, height, width = view.shape
+    rgb = view.expand(-1, 3, -1, -1) if channels == 1 else F.pad(view, (0, 0, 0, 0, 0, 3 - channels))
+    return (rgb / 2 + 0.5).clamp(0, 1)
+
+
+if __name__ == "__main__":
+    cli.program(main)
