@@ -184,7 +184,7 @@ def nce(q, k, negatives, tau, log_z, images, own=None):
 # ---- arguments
 
 DEFAULTS = {  # of a data set, where they differ from those below
-    "shapes": dict(image_size=16, width=8, epochs=70, crop_min=0.8, lr=0.1, negatives=512),
+    "shapes": dict(image_size=16, width=8, epochs=40, batch_size=64, crop_min=0.8, lr=0.2, negatives=512),
     "stl10": dict(image_size=96),
     "folder": dict(image_size=224, stem="imagenet", negatives=16384, batch_size=256, weight_decay=1e-4),
 }

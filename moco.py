@@ -20,6 +20,7 @@ What is kept, and probed, is f_q without its head.
 import copy
 import functools
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -188,17 +189,25 @@ def tenths(step, steps):
 # ---- arguments
 
 DEFAULTS = {  # of a data set, where they differ from those below
-    "shapes": dict(image_size=16, width=16, epochs=10, batch_size=128, crop_min=0.4, lr=0.2, tau=0.2, negatives=512),
+    "shapes": dict(image_size=16, width=16, epochs=30, batch_size=128, crop_min=0.4, augmentation="v1", lr=0.2, tau=0.2,
+                   negatives=256, bn_groups=4),
     "stl10": dict(image_size=96),
     "fashionmnist": dict(image_size=28),
     "folder": dict(image_size=224, blur=0.5, stem="imagenet", negatives=65536, m=0.999, tau=0.2, head="mlp",
                    weight_decay=1e-4, batch_size=256),
 }
 
+MEMORY_BANK = {  # what differs there: positives come from earlier batches, so batch norm leaks nothing
+    **{name: {**DEFAULTS.get(name, {}), "bn_groups": 1} for name in NAMES},
+    "shapes": {**DEFAULTS["shapes"], "bn_groups": 1, "negatives": 0, "tau": 0.1, "epochs": 35},
+}
+
 
 def arguments(argv):
+    argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
+    bank = any(word.endswith("memory-bank") for word in argv)
     parser = cli.Parser(prog="moco.py", description="MoCo. Defaults are those of --dataset shapes; with another "
-                        "--dataset beside --help, that one's.")
+                        "--dataset or --dictionary beside --help, that one's.")
     add = parser.add_argument
     add("--dataset", choices=NAMES, default="shapes", help="what to train on; shapes and folder need no download")
     add("--image-size", type=cli.number(int, 8, True), default=32, help="side of the images, pixels")
@@ -226,7 +235,7 @@ def arguments(argv):
     add("--weight-decay", type=cli.nonnegative, default=5e-4, help="of all weights (paper: 0.0001)")
     add("--tau", type=cli.positive, default=0.1, help="temperature of the loss (v1: 0.07, v2: 0.2)")
     cli.add_run_flags(parser)
-    args = parse(parser, argv, DEFAULTS)
+    args = parse(parser, argv, MEMORY_BANK if bank else DEFAULTS)
     if args.dictionary == "queue" and args.negatives == 0:
         raise cli.Refusal("--negatives 0 leaves the queue empty: give its length")
     if args.dictionary == "memory-bank" and args.symmetric:
