@@ -235,16 +235,17 @@ def arguments(argv):
 
 
 @torch.no_grad()
-def fill(model, images, batch_size, rng, recipe, autocast):
-    """Lets the banks begin as what the untrained encoders say of the images (of type `Images`).
-
-    With random vectors, as in the paper, the first epoch teaches to keep away from the vectors seen so far, and the
-    encoders take many epochs to come back from that."""
+def begin(model, images, batch_size, rng, recipe, autocast, pairs, tau):
+    """Estimates Z, as in the paper, with random vectors in the banks, then lets these begin as what the untrained
+    encoders say of the images (of type `Images`). From random ones the first epoch teaches to keep away from the vectors
+    seen so far, which takes many epochs to unlearn; and a Z of vectors that still are alike would be far too large."""
     starts = [min(start, len(images) - batch_size) for start in range(0, len(images), batch_size)]
     order = [torch.arange(start, start + batch_size) for start in starts]
     for index, x in zip(order, images.batches(order)):
         with autocast:
             z = model(augmented(x, rng, *recipe))[1]
+        if index[0] == 0:
+            model.estimate_z(z, torch.arange(min(len(images), 4096), device=z.device), pairs, tau)
         model.remember(z, index.to(z.device), 0.0)
 
 
@@ -285,7 +286,7 @@ def main(argv=None):
     run.describe(vars(args), precision=amp or torch.float32, images=images, steps=steps, processes=world)
     net.train()
     if epoch == step == 0:
-        fill(model, data.train, args.batch_size, augment.Random(args.seed), recipe, autocast)
+        begin(model, data.train, args.batch_size, augment.Random(args.seed), recipe, autocast, pairs, args.tau)
     with run:
         while epoch < args.epochs:
             order = epoch_order(images, args.batch_size, args.seed, epoch, rank, world)[step:]
@@ -298,8 +299,6 @@ def main(argv=None):
                 with autocast:
                     h, z = net(x)
                 z = distributed.gather(z)
-                if epoch == step == 0:
-                    model.estimate_z(z, drawn, pairs, args.tau)
                 loss = model.loss(z, index, drawn, pairs, args.contrast, args.tau)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
