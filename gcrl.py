@@ -212,7 +212,7 @@ def nt_xent(z1, z2, tau):
 
 DEFAULTS = {  # of a data set, where they differ from those below
     "shapes": dict(image_size=12, colours=2, width=64, encoder_layers=1, decoder_layers=1, heads=4, crop_min=0.4,
-                   epochs=10, batch_size=32, lr=2.5e-3, tau=0.1),
+                   jitter=0.3, epochs=9, batch_size=32, lr=2.5e-3),
 }
 
 

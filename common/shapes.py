@@ -1,9 +1,8 @@
 """`shapes`: coloured images drawn from a seed, so that every script has something to train on without a download.
 
 Ten classes of light shape on a dark ground, of varying colour, size, place, rotation, lighting and noise, all drawn
-independently of the class: neither colour nor any single pixel gives it away. Lightness and colour show the shape each
-by itself. Only operations that IEEE 754 defines exactly are used (no sines, no normal deviates), so the bytes are the
-same on every machine.
+independently of the class: neither colour nor any single pixel gives it away. Only operations that IEEE 754 defines
+exactly are used (no sines, no normal deviates), so the bytes are the same on every machine.
 """
 import numpy as np
 
@@ -58,7 +57,7 @@ def draw(n, image_size, seed):
     pixel = (np.arange(image_size) + 0.5) / image_size * 2 - 1                # centres, in [-1, 1]
     for i, label in enumerate(labels):
         ground = 0.1 + 0.25 * rng.random() + 0.2 * (rng.random(3) - 0.5)      # a dark colour
-        figure = 0.65 + 0.25 * rng.random() + 0.5 * (rng.random(3) - 0.5)     # a light one
+        figure = 0.65 + 0.25 * rng.random() + 0.4 * (rng.random(3) - 0.5)     # a light one
         radius = 0.5 + 0.2 * rng.random()
         x0, y0 = 0.4 * (2 * rng.random(2) - 1)                                # the shape's centre
         tilt = 0.5 * (2 * rng.random() - 1)                                   # the tangent of its rotation
@@ -70,7 +69,6 @@ def draw(n, image_size, seed):
         image = ground[:, None, None] + cover * (figure - ground)[:, None, None]              # (3, H, W)
         slope = 0.3 * (rng.random(2) - 0.5)
         image += slope[0] * pixel[None, :] + slope[1] * pixel[:, None]        # lit from one side
-        image += 0.12 * (rng.random((3, image_size, image_size)) - 0.5)       # noise of each channel
-        image += 0.2 * (rng.random((image_size, image_size)) - 0.5)           # and of all alike
+        image += 0.3 * (rng.random((3, image_size, image_size)) - 0.5)        # noise
         images[i] = np.clip(np.rint(image * 255), 0, 255)
     return images, labels.astype(np.int64)
