@@ -12,7 +12,7 @@ The z_j of the n training images are kept in a memory bank for each view, as run
 from it; one draw serves the batch, where the paper draws for each image. Z is estimated on the first batch and stays.
 What is kept, and probed, is the concatenation of all f_i(v_i).
 
-    python cmc.py                                           # embedded data, L and ab, two minutes on two cores
+    python cmc.py                                           # embedded data, L and ab
     python cmc.py --dataset cifar10 --contrast nce          # ResNet-18 of half width a view, 200 epochs
     python cmc.py --views-dir COLOUR DEPTH                  # two folders of images of the same names
 """
@@ -237,8 +237,9 @@ def arguments(argv):
 @torch.no_grad()
 def begin(model, images, batch_size, rng, recipe, autocast, pairs, tau):
     """Estimates Z, as in the paper, with random vectors in the banks, then lets these begin as what the untrained
-    encoders say of the images (of type `Images`). From random ones the first epoch teaches to keep away from the vectors
-    seen so far, which takes many epochs to unlearn; and a Z of vectors that still are alike would be far too large."""
+    encoders say of the images (of type `Images`). From random ones the first epoch teaches to keep away from the
+    vectors seen so far, which takes many epochs to unlearn; and a Z of vectors that still are alike would be far too
+    large."""
     starts = [min(start, len(images) - batch_size) for start in range(0, len(images), batch_size)]
     order = [torch.arange(start, start + batch_size) for start in starts]
     for index, x in zip(order, images.batches(order)):
