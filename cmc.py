@@ -285,6 +285,7 @@ def main(argv=None):
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng, progress=progress)
     epoch, step = run.restore()
     run.describe(vars(args), precision=amp or torch.float32, images=images, steps=steps, processes=world)
+    everything = torch.arange(images, device=device)
     net.train()
     if epoch == step == 0:
         begin(model, data.train, args.batch_size, augment.Random(args.seed), recipe, autocast, pairs, args.tau)
@@ -294,8 +295,9 @@ def main(argv=None):
             for step, (index, x) in enumerate(zip(order, data.train.batches(order)), step):
                 x = augmented(x, rng, *recipe)                                # (N, 3 or 3 folders, S, S)
                 index = distributed.gather(index.to(device))                  # (N,), of the whole batch
-                drawn = torch.randint(images, (m,), generator=rng.generator) if args.negatives else torch.arange(images)
-                drawn = drawn.to(device, non_blocking=True)
+                drawn = everything
+                if args.negatives:
+                    drawn = torch.randint(images, (m,), generator=rng.generator).to(device, non_blocking=True)
                 set_rate(optimizer, lr * cosine(epoch * steps + step, args.epochs * steps, args.warmup))
                 with autocast:
                     h, z = net(x)

@@ -286,6 +286,7 @@ def main(argv=None):
     epoch, step = run.restore()
     run.describe(vars(args), precision=amp or torch.float32, images=images, steps=steps, processes=world)
     factor = functools.partial(cosine, warmup=0) if args.schedule == "cosine" else tenths
+    everything = torch.arange(images, device=device)
     net.train()
     with run:
         while epoch < args.epochs:
@@ -296,7 +297,7 @@ def main(argv=None):
                 index = distributed.gather(index.to(device))                  # (N,), of the whole batch
                 order = torch.randperm(args.batch_size, generator=rng.generator).to(device)
                 drawn = torch.randint(images, (args.negatives or 1,), generator=rng.generator).to(device)
-                drawn = drawn if args.negatives else torch.arange(images, device=device)
+                drawn = drawn if args.negatives else everything
                 set_rate(optimizer, lr * factor(epoch * steps + step, args.epochs * steps))
                 with autocast:
                     loss, h, q, k = net(x1, x2, args.tau, args.symmetric, index, drawn, order)
