@@ -8,8 +8,9 @@ different images far, by the critic h(v_i, v_j) = exp(z_i.z_j / tau). Anchored a
     nce        -log  P(v_j) - sum_{l=1..m} log (1 - P(v_j^l)),     P = p / (p + m / n),  p = h / Z
 
 L(V_i, V_j) is the sum of both anchorings; --graph core sums it over the pairs with the first view, full over all pairs.
-The z_j of the n training images are kept in a memory bank for each view, as running means, and m negatives are drawn
-from it; one draw serves the batch, where the paper draws for each image. Z is estimated on the first batch and stays.
+The z_j of the n training images are kept in a memory bank for each view, as running means; key and negatives are drawn
+from it (one draw serves the batch, where the paper draws for each image), or they are the batch's own, end-to-end. Z is
+estimated on the first batch and stays.
 What is kept, and probed, is the concatenation of all f_i(v_i).
 
     python cmc.py                                           # embedded data, L and ab
@@ -105,14 +106,14 @@ class Encoder(nn.Module):
 
 
 class CMC(nn.Module):
-    """Encoders, projections, and as buffers the memory banks and what Z was estimated to be."""
+    """Encoders, projections, and as buffers the memory banks (of 0 images: end-to-end) and what Z was estimated to be."""
 
     def __init__(self, encoder, images, dim=128):
         super().__init__()
         self.encoder, count = encoder, len(encoder.nets)
         self.heads = nn.ModuleList(nn.Linear(net.feature_dim, dim) for net in encoder.nets)
         self.register_buffer("bank", F.normalize(torch.randn(count, images, dim), dim=2))     # (V, n, C)
-        self.register_buffer("log_z", torch.zeros(count, count))              # of anchor i, contrasted view j
+        self.register_buffer("log_z", torch.zeros(count))                     # of anchor i
 
     def forward(self, x):
         """h (N, feature_dim), and z (N, V, C) of length 1."""
@@ -121,23 +122,24 @@ class CMC(nn.Module):
         return torch.cat(features, dim=1), F.normalize(z.float(), dim=2)
 
     def loss(self, z, index, drawn, pairs, contrast, tau):
-        """The sum over the (anchor, contrasted) views (i, j) of pairs. z: (N, V, C) of the whole batch, index: (N,)
-        which training images these are, drawn: (m,) whose vectors are the negatives; an image's own is left out."""
-        own, total = index[:, None] == drawn, 0.0
+        """The sum over the (anchor, contrasted) views (i, j) of pairs. z: (N, V, C) of the whole batch. For the bank,
+        index: (N,) which training images these are, drawn: (m,) the negatives; an image's own vector is left out."""
+        banked, n, total = self.bank.shape[1] > 0, self.bank.shape[1] or len(z), 0.0
+        own = index[:, None] == drawn if banked else torch.eye(n, dtype=torch.bool, device=z.device)
         for i, j in pairs:
-            q, k, negatives = z[:, i], self.bank[j, index], self.bank[j, drawn]
+            k, negatives = (self.bank[j, index], self.bank[j, drawn]) if banked else (z[:, j], z[:, j])
             if contrast == "softmax":
-                total = total + softmax_contrast(q, k, negatives, tau, own)
+                total = total + softmax_contrast(z[:, i], k, negatives, tau, own)
             else:
-                total = total + nce(q, k, negatives, tau, self.log_z[i, j], self.bank.shape[1], own)
+                total = total + nce(z[:, i], k, negatives, tau, self.log_z[i], n, own)
         return total
 
     @torch.no_grad()
-    def estimate_z(self, z, drawn, pairs, tau):
-        """Z = n times the mean of exp(z_i.z_j / tau) over the anchors and the drawn vectors (Wu et al. 2018)."""
-        for i, j in pairs:
-            scores = z[:, i] @ self.bank[j, drawn].T / tau                    # (N, m)
-            self.log_z[i, j] = scores.logsumexp(dim=(0, 1)) + math.log(self.bank.shape[1] / scores.numel())
+    def estimate_z(self, z, vectors, n, tau):
+        """Z = n times the mean of exp(z_i.v / tau) over the anchors and the vectors v (m, C) (Wu et al. 2018)."""
+        for i in range(z.shape[1]):
+            scores = z[:, i] @ vectors.T / tau                                # (N, m)
+            self.log_z[i] = scores.logsumexp(dim=(0, 1)) + math.log(n / scores.numel())
 
     @torch.no_grad()
     def remember(self, z, index, momentum):
@@ -184,7 +186,8 @@ def nce(q, k, negatives, tau, log_z, images, own=None):
 # ---- arguments
 
 DEFAULTS = {  # of a data set, where they differ from those below
-    "shapes": dict(image_size=16, width=8, epochs=40, batch_size=64, crop_min=0.8, lr=0.2, negatives=512),
+    "shapes": dict(image_size=16, width=8, epochs=40, batch_size=128, crop_min=0.4, lr=0.2, tau=0.2,
+                   dictionary="end-to-end"),
     "stl10": dict(image_size=96),
     "folder": dict(image_size=224, stem="imagenet", negatives=16384, batch_size=256, weight_decay=1e-4),
 }
@@ -206,6 +209,8 @@ def arguments(argv):
     add("--graph", choices=("full", "core"), default="full", help="pairs of views: all, or those with the first")
     add("--contrast", choices=("nce", "softmax"), default="softmax",
         help="loss; nce is the paper's, softmax what its authors found better later")
+    add("--dictionary", choices=("memory-bank", "end-to-end"), default="memory-bank",
+        help="where keys and negatives come from: a memory bank (paper), or the batch, with gradient")
     add("--negatives", type=cli.count_or_zero, default=4096, help="m: drawn from the memory bank (0: all of it)")
     add("--bank-m", type=cli.number(float, 0, True, 1), default=0.5, help="momentum of the memory banks' vectors")
     add("--crop-min", type=cli.number(float, 0, high=1), default=0.2, help="least share of the area that a crop keeps")
@@ -235,19 +240,21 @@ def arguments(argv):
 
 
 @torch.no_grad()
-def begin(model, images, batch_size, rng, recipe, autocast, pairs, tau):
-    """Estimates Z, as in the paper, with random vectors in the banks, then lets these begin as what the untrained
-    encoders say of the images (of type `Images`). From random ones the first epoch teaches to keep away from the
-    vectors seen so far, which takes many epochs to unlearn; and a Z of vectors that still are alike would be far too
-    large."""
+def begin(model, images, batch_size, rng, recipe, autocast, tau):
+    """Estimates Z with random vectors, as in the paper, then lets the banks begin as what the untrained encoders say of
+    the images (of type `Images`). From random ones the first epoch teaches to keep away from the vectors seen so far,
+    which takes many epochs to unlearn; and a Z of vectors that still are alike would be far too large."""
+    banked = model.bank.shape[1]
     starts = [min(start, len(images) - batch_size) for start in range(0, len(images), batch_size)]
-    order = [torch.arange(start, start + batch_size) for start in starts]
+    order = [torch.arange(start, start + batch_size) for start in starts][: None if banked else 1]
     for index, x in zip(order, images.batches(order)):
         with autocast:
             z = model(augmented(x, rng, *recipe))[1]
         if index[0] == 0:
-            model.estimate_z(z, torch.arange(min(len(images), 4096), device=z.device), pairs, tau)
-        model.remember(z, index.to(z.device), 0.0)
+            vectors = F.normalize(torch.randn(4096, z.shape[2], generator=rng.generator), dim=1)
+            model.estimate_z(z, vectors.to(z.device), banked or batch_size, tau)
+        if banked:
+            model.remember(z, index.to(z.device), 0.0)
 
 
 def main(argv=None):
@@ -258,14 +265,14 @@ def main(argv=None):
     rank, world = distributed.start(device)
     data = distributed.first_alone(load, args.dataset, args.views_dir or args.data_dir, args.image_size, device,
                                    args.workers, args.cache_gb, args.seed)
-    images = len(data.train)
+    images, banked = len(data.train), args.dictionary == "memory-bank"
     steps = steps_per_epoch(images, args.batch_size, world)
     views, folders = ("folders", len(args.views_dir)) if args.views_dir else (args.views, 0)
     pairs = pairs_of(args.graph, folders or len(CHANNELS[views]))
 
     def new_model():
         torch.manual_seed(args.seed)
-        model = CMC(Encoder(views, args.arch, args.stem, args.width, folders), images)
+        model = CMC(Encoder(views, args.arch, args.stem, args.width, folders), images if banked else 0)
         return distributed.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
 
     model = new_model()
@@ -278,7 +285,7 @@ def main(argv=None):
     rng, recipe = augment.Random(args.seed, rank, world), (args.image_size, args.crop_min, args.jitter)
 
     run = Run("cmc", vars(args), device, rank)
-    m = args.negatives or images
+    m = args.negatives or images if banked else args.batch_size - 1
     chance = math.log(1 + m) + (m * math.log1p(1 / m) if args.contrast == "nce" else 0)
     metrics = {"loss": ("loss", f"chance {len(pairs) * chance:.3f}"), "spread": ("spread", "")}
     progress = Progress(run, args.epochs, steps, args.batch_size, metrics)
@@ -288,7 +295,7 @@ def main(argv=None):
     everything = torch.arange(images, device=device)
     net.train()
     if epoch == step == 0:
-        begin(model, data.train, args.batch_size, augment.Random(args.seed), recipe, autocast, pairs, args.tau)
+        begin(model, data.train, args.batch_size, augment.Random(args.seed), recipe, autocast, args.tau)
     with run:
         while epoch < args.epochs:
             order = epoch_order(images, args.batch_size, args.seed, epoch, rank, world)[step:]
@@ -296,8 +303,8 @@ def main(argv=None):
                 x = augmented(x, rng, *recipe)                                # (N, 3 or 3 folders, S, S)
                 index = distributed.gather(index.to(device))                  # (N,), of the whole batch
                 drawn = everything
-                if args.negatives:
-                    drawn = torch.randint(images, (m,), generator=rng.generator).to(device, non_blocking=True)
+                if banked and args.negatives:
+                    drawn = torch.randint(images, (m,), generator=rng.generator).to(device)
                 set_rate(optimizer, lr * cosine(epoch * steps + step, args.epochs * steps, args.warmup))
                 with autocast:
                     h, z = net(x)
@@ -307,7 +314,8 @@ def main(argv=None):
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
-                model.remember(z, index, args.bank_m)
+                if banked:
+                    model.remember(z, index, args.bank_m)
                 progress.update(epoch, step, [loss, spread(h)])
                 if run.stop_requested():
                     run.stop(epoch, step + 1)

@@ -20,7 +20,6 @@ What is kept, and probed, is f_q without its head.
 import copy
 import functools
 import math
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -188,24 +187,20 @@ def tenths(step, steps):
 
 # ---- arguments
 
-DEFAULTS = {  # of a data set, where they differ from those below
+DEFAULTS = {  # of a data set or a dictionary, where they differ from those below
     "shapes": dict(image_size=16, width=16, epochs=50, batch_size=128, crop_min=0.4, augmentation="v1", lr=0.2, tau=0.2,
                    negatives=256, bn_groups=4),
     "stl10": dict(image_size=96),
     "fashionmnist": dict(image_size=28),
     "folder": dict(image_size=224, blur=0.5, stem="imagenet", negatives=65536, m=0.999, tau=0.2, head="mlp",
                    weight_decay=1e-4, batch_size=256),
-}
-
-MEMORY_BANK = {  # what differs there: positives come from earlier batches, so batch norm leaks nothing
-    **{name: {**DEFAULTS.get(name, {}), "bn_groups": 1} for name in NAMES},
-    "shapes": {**DEFAULTS["shapes"], "bn_groups": 1, "negatives": 0, "tau": 0.1, "epochs": 35},
+    "memory-bank": dict(bn_groups=1),                     # positives come from earlier batches: batch norm leaks nothing
+    "shapes memory-bank": dict(negatives=0, tau=0.1, epochs=35),
+    "shapes end-to-end": dict(epochs=30),
 }
 
 
 def arguments(argv):
-    argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
-    bank = any(word.endswith("memory-bank") for word in argv)
     parser = cli.Parser(prog="moco.py", description="MoCo. Defaults are those of --dataset shapes; with another "
                         "--dataset or --dictionary beside --help, that one's.")
     add = parser.add_argument
@@ -223,7 +218,8 @@ def arguments(argv):
     add("--crop-min", type=cli.number(float, 0, high=1), default=0.08,
         help="least share of the area that a crop keeps (v1 and v2: 0.2)")
     add("--symmetric", action="store_true", help="let either view be the query once")
-    add("--bn-groups", type=cli.count, default=8, help="parts of the batch that batch norm treats alone, like GPUs")
+    add("--bn-groups", type=cli.count, default=8,
+        help="parts of the batch that batch norm treats alone, like GPUs (1: the whole batch)")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
     add("--width", type=cli.count, default=64, help="channels of the encoder's first stage")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
@@ -235,7 +231,7 @@ def arguments(argv):
     add("--weight-decay", type=cli.nonnegative, default=5e-4, help="of all weights (paper: 0.0001)")
     add("--tau", type=cli.positive, default=0.1, help="temperature of the loss (v1: 0.07, v2: 0.2)")
     cli.add_run_flags(parser)
-    args = parse(parser, argv, MEMORY_BANK if bank else DEFAULTS)
+    args = parse(parser, argv, DEFAULTS, by=("dataset", "dictionary"))
     if args.dictionary == "queue" and args.negatives == 0:
         raise cli.Refusal("--negatives 0 leaves the queue empty: give its length")
     if args.dictionary == "memory-bank" and args.symmetric:
@@ -254,7 +250,7 @@ def main(argv=None):
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
-    if args.bn_groups % world:
+    if args.bn_groups > 1 and args.bn_groups % world:
         raise cli.Refusal(f"--bn-groups {args.bn_groups} is not a multiple of the {world} processes")
     data = distributed.first_alone(load, args.dataset, args.data_dir, args.image_size, device, args.workers,
                                    args.cache_gb, args.seed)
@@ -263,9 +259,10 @@ def main(argv=None):
 
     def new_model():
         torch.manual_seed(args.seed)
-        encoder = Encoder(args.arch, args.stem, args.width, args.head, args.bn_groups // world)
+        encoder = Encoder(args.arch, args.stem, args.width, args.head, max(1, args.bn_groups // world))
         entries = args.negatives if args.dictionary == "queue" else images
         model = MoCo(encoder, args.dictionary, entries, args.m, args.bank_m)
+        model = distributed.sync_batch_norm(model, device) if args.bn_groups == 1 else model
         return model.to(device, memory_format=torch.channels_last)
 
     model = new_model()
@@ -295,12 +292,14 @@ def main(argv=None):
                 x1 = view(x, rng, *recipe).contiguous(memory_format=torch.channels_last)
                 x2 = view(x, rng, *recipe) if two_views else None
                 index = distributed.gather(index.to(device))                  # (N,), of the whole batch
-                order = torch.randperm(args.batch_size, generator=rng.generator).to(device)
-                drawn = torch.randint(images, (args.negatives or 1,), generator=rng.generator).to(device)
-                drawn = drawn if args.negatives else everything
+                shuffle, drawn = None, everything
+                if two_views:
+                    shuffle = torch.randperm(args.batch_size, generator=rng.generator).to(device)
+                elif args.negatives:
+                    drawn = torch.randint(images, (args.negatives,), generator=rng.generator).to(device)
                 set_rate(optimizer, lr * factor(epoch * steps + step, args.epochs * steps))
                 with autocast:
-                    loss, h, q, k = net(x1, x2, args.tau, args.symmetric, index, drawn, order)
+                    loss, h, q, k = net(x1, x2, args.tau, args.symmetric, index, drawn, shuffle)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)

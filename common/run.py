@@ -22,16 +22,18 @@ from common.cli import Refusal
 FREE_ON_RESUME = {"resume", "device", "compile", "workers", "data_dir", "cache_gb"}
 
 
-def parse(parser, argv, defaults):
+def parse(parser, argv, defaults, by=("dataset",)):
     """The arguments of a new run, or of the run that --resume names.
 
-    defaults: {data set: {setting: value}}, what a run on that data set uses unless a flag says otherwise; --help shows
-    those of the --dataset beside it. A resumed run takes its settings from its args.json.
+    defaults: {"shapes" or "shapes memory-bank": {setting: value}}, what a run uses unless a flag says otherwise, where
+    the flags named in `by` have all these values; a later entry goes before an earlier one. --help shows those of the
+    flags beside it. A resumed run takes its settings from its args.json.
     """
     argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--resume")
-    first.add_argument("--dataset", default=parser.get_default("dataset"))
+    for name in by:
+        first.add_argument(f"--{name}", default=parser.get_default(name))
     try:
         told = first.parse_known_args(argv)[0]
     except argparse.ArgumentError:                                            # a flag without its value
@@ -54,7 +56,10 @@ def parse(parser, argv, defaults):
                           f"start a new run")
         args.out = str(folder)
         return args
-    parser.set_defaults(**defaults.get(told.dataset, {}))
+    chosen = {getattr(told, name) for name in by}
+    for values, settings in defaults.items():
+        if chosen.issuperset(values.split()):
+            parser.set_defaults(**settings)
     return parser.parse_args(argv)
 
 

@@ -16,9 +16,10 @@ ALL = "--image-size 8 --epochs 1 --batch-size 80 --amp off --device cpu --worker
 CASES = {  # at a high rate batch norm amplifies rounding, and Adam takes whole steps where the gradient is nothing else
     "simclr": "--width 4 --lr 0.001",
     "moco": "--width 4 --lr 0.001 --bn-groups 2 --negatives 300",
-    "moco memory-bank": "--width 4 --lr 0.001 --bn-groups 2 --dictionary memory-bank --negatives 300",
+    "moco memory-bank": "--width 4 --lr 0.001 --dictionary memory-bank --negatives 300",
     "moco end-to-end": "--width 4 --lr 0.001 --bn-groups 2 --dictionary end-to-end --symmetric",
-    "cmc": "--width 4 --lr 0.001 --warmup 0 --batch-size 200",
+    "cmc": "--width 4 --lr 0.001 --warmup 0 --batch-size 200 --dictionary memory-bank --negatives 300",
+    "cmc end-to-end": "--width 4 --lr 0.001 --warmup 0 --batch-size 200 --dictionary end-to-end",
     "gcrl": "--width 8 --heads 2 --encoder-layers 1 --decoder-layers 1 --colours 4 --lr 0.0002",
 }
 PROGRAM = """

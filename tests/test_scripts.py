@@ -230,7 +230,7 @@ BAD = {
     "moco": ["--dictionary book", "--negatives 0", "--negatives -1", "--m 2", "--bank-m -1", "--head none", "--blur 2",
              "--bn-groups 3", "--bn-groups 0", "--symmetric --dictionary memory-bank", "--schedule none"],
     "cmc": ["--views hsv", "--views-dir x", "--graph star", "--contrast l2", "--negatives -1", "--bank-m 1.5",
-            "--jitter -1", "--dataset fashionmnist"],
+            "--jitter -1", "--dictionary queue", "--dataset fashionmnist"],
     "gcrl": ["--warmup 2", "--jitter -1", "--alpha 0 --beta 0", "--alpha -1", "--heads 3", "--heads 0",
              "--colours 1", "--encoder-layers 0"],
 }
@@ -338,7 +338,7 @@ def test_beta_zero(tiny, here, monkeypatch):
     (moco, "--dictionary end-to-end --symmetric"), (moco, "--head mlp --augmentation v1 --schedule steps"),
     (moco, "--negatives 7"), (moco, "--negatives 5 --symmetric"), (cmc, "--views rgb --graph core --jitter 0.5"),
     (cmc, "--contrast nce"), (cmc, "--views ycbcr --contrast nce --negatives 0"), (moco, "--amp bf16"),
-    (cmc, "--amp bf16")],
+    (cmc, "--amp bf16"), (cmc, "--dictionary end-to-end"), (cmc, "--dictionary end-to-end --contrast nce")],
     ids=lambda value: getattr(value, "__name__", value))
 def test_variants_train_and_resume(script, flags, tiny, here, same, content, monkeypatch):
     """Stopped after step 3 of 5 and resumed they end as without the stop, bit for bit: queues and banks too."""
