@@ -106,7 +106,7 @@ class Encoder(nn.Module):
 
 
 class CMC(nn.Module):
-    """Encoders, projections, and as buffers the memory banks (of 0 images: end-to-end) and what Z was estimated to be."""
+    """Encoders, projections, and as buffers the memory banks (of 0 images: end-to-end) and what Z was estimated as."""
 
     def __init__(self, encoder, images, dim=128):
         super().__init__()

@@ -194,7 +194,7 @@ DEFAULTS = {  # of a data set or a dictionary, where they differ from those belo
     "fashionmnist": dict(image_size=28),
     "folder": dict(image_size=224, blur=0.5, stem="imagenet", negatives=65536, m=0.999, tau=0.2, head="mlp",
                    weight_decay=1e-4, batch_size=256),
-    "memory-bank": dict(bn_groups=1),                     # positives come from earlier batches: batch norm leaks nothing
+    "memory-bank": dict(bn_groups=1),                     # keys come from earlier batches: batch norm leaks nothing
     "shapes memory-bank": dict(negatives=0, tau=0.1, epochs=35),
     "shapes end-to-end": dict(epochs=30),
 }

@@ -13,8 +13,7 @@ def linear_probe(train_x, train_y, test_x, test_y):
     training set held out at random, and the final fit uses all of it; the test set is looked at once. Full-batch
     L-BFGS, in float32.
     """
-    mean, deviation = train_x.float().mean(dim=0), train_x.float().std(dim=0).clamp(min=1e-6)
-    train_x, test_x = (train_x.float() - mean) / deviation, (test_x.float() - mean) / deviation
+    train_x, test_x = standardised(train_x, test_x)
     classes = int(torch.cat([train_y, test_y]).max()) + 1
     order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0)).to(train_x.device)
     held, kept = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10) :]
@@ -24,6 +23,11 @@ def linear_probe(train_x, train_y, test_x, test_y):
         weights = fit(train_x[kept], train_y[kept], classes, l2, weights)
         best = max(best, (score(train_x[held], train_y[held], weights), l2))
     return score(test_x, test_y, fit(train_x, train_y, classes, best[1], weights))
+
+
+def standardised(train_x, test_x):
+    mean, deviation = train_x.float().mean(dim=0), train_x.float().std(dim=0).clamp(min=1e-6)
+    return (train_x.float() - mean) / deviation, (test_x.float() - mean) / deviation
 
 
 def fit(x, y, classes, l2, start=None):
@@ -46,6 +50,31 @@ def fit(x, y, classes, l2, start=None):
 
 def score(x, y, weights):
     return ((x @ weights[:-1] + weights[-1]).argmax(dim=1) == y).float().mean().item()
+
+
+def mlp(train_x, train_y, test_x, test_y, hidden=200, dropout=0.1, batch_size=256, lr=1e-3):
+    """Test accuracy in [0, 1] of a classifier with one hidden layer, as Hjelm et al. (1808.06670) judge theirs.
+
+    Shapes and standardisation as in `linear_probe`. Adam, the rate falling to 0 by a cosine; 20 passes, 200 steps at
+    least.
+    """
+    train_x, test_x = standardised(train_x, test_x)
+    classes, steps = int(torch.cat([train_y, test_y]).max()) + 1, max(200, 20 * len(train_x) // batch_size)
+    with torch.enable_grad(), torch.random.fork_rng(devices=[train_x.device] if train_x.is_cuda else []):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(train_x.shape[1], hidden), torch.nn.ReLU(),
+                                  torch.nn.Dropout(dropout), torch.nn.Linear(hidden, classes)).to(train_x.device)
+        optimizer = torch.optim.Adam(net.parameters(), lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(steps):
+            index = torch.randint(len(train_x), (batch_size,)).to(train_x.device)
+            loss = F.cross_entropy(net(train_x[index]), train_y[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        return (net.eval()(test_x).argmax(dim=1) == test_y).float().mean().item()
 
 
 @torch.no_grad()
@@ -101,24 +130,31 @@ def whitened_pixels(train, test, components=256):
     return tuple(features(lambda batch: (flat(batch) - mean) @ axes, images) for images in (train, test))
 
 
-def evaluate(data, encoders):
-    """Linear probe and kNN of each encoder and of whitened pixels, on data (a `Data` with labels).
+MEASURES = {"linear": linear_probe, "knn": knn, "mlp": mlp}
 
-    encoders: {row: (encode, module)}, see `features`. Returns {"linear": {row: accuracy}, "knn": {row: accuracy}} with
-    the rows "pixels" and the encoders', and {row: (labelled features, test features)}.
+
+def evaluate(data, encoders, measures=("linear", "knn")):
+    """The measures (of `MEASURES`) of each encoder and of whitened pixels, on data (a `Data` with labels).
+
+    encoders: {row: (encode, module)}, see `features`. Returns {measure: {row: accuracy}} with the rows "pixels" and the
+    encoders', and {row: (labelled features, test features)}.
     """
     x = {"pixels": whitened_pixels(data.labelled, data.test)}
     for row, (encode, module) in encoders.items():
         x[row] = tuple(features(encode, images, module) for images in (data.labelled, data.test))
-    measures = {"linear": linear_probe, "knn": knn}
-    return {name: {row: measure(train_x, data.labelled.labels, test_x, data.test.labels)
-                   for row, (train_x, test_x) in x.items()} for name, measure in measures.items()}, x
+    return {name: {row: MEASURES[name](train_x, data.labelled.labels, test_x, data.test.labels)
+                   for row, (train_x, test_x) in x.items()} for name in measures}, x
 
 
 def table(results, method):
     """The text that a person reads, in percent."""
-    titles = {"pixels": "whitened pixels (PCA)", "untrained": "untrained encoder", "trained": method}
-    lines = [f"{'':26}{'linear':>8}{'kNN':>8}"]
-    lines += [f"{title:26}{100 * results['linear'][row]:8.1f}{100 * results['knn'][row]:8.1f}"
-              for row, title in titles.items()]
+    titles = {"linear": "linear", "knn": "kNN", "mlp": "MLP",
+              "pixels": "whitened pixels (PCA)", "untrained": "untrained encoder", "trained": method}
+
+    def title(row):                                                           # "trained" or "trained LAYER"
+        kind, *layer = row.split(" ", 1)
+        return ", ".join([titles.get(kind, kind), *layer])
+    lines = [f"{'':26}" + "".join(f"{titles[name]:>8}" for name in results)]
+    lines += [f"{title(row):26}" + "".join(f"{100 * accuracies[row]:8.1f}" for accuracies in results.values())
+              for row in next(iter(results.values()))]
     return "\n".join(lines)

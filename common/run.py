@@ -147,14 +147,15 @@ class Run:
         if self.rank == 0:
             print(*words, flush=True)
 
-    def finish(self, data, encoders, device, **more):
+    def finish(self, data, encoders, device, measures=("linear", "knn"), **more):
         """Judges the encoders (`linear_probe.evaluate`), prints the table, and writes result.json and neighbours.png.
 
-        encoders: "untrained" and "trained", each (encode, module). more: further results. Returns the results.
+        encoders: "untrained", "trained" and further rows of the table, each (encode, module). measures: of
+        `linear_probe.MEASURES`. more: further results. Returns the results.
         """
-        result = {"linear": None, "knn": None}
+        result = dict.fromkeys(measures)
         if data.labelled:
-            accuracies, x = linear_probe.evaluate(data, encoders)
+            accuracies, x = linear_probe.evaluate(data, encoders, measures)
             result.update(accuracies)
             queries, images, (features, query_features) = data.test, data.labelled, x["trained"]
             self.say("\n" + linear_probe.table(accuracies, self.method))

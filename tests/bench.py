@@ -16,6 +16,8 @@ from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import cmc  # noqa: E402
+import cpc  # noqa: E402
+import dim  # noqa: E402
 import gcrl  # noqa: E402
 import moco  # noqa: E402
 import simclr  # noqa: E402
@@ -139,6 +141,58 @@ def bench_cmc(device, autocast, n, repeats, width):
     show("  step / bare encoders", f"{full / encoders:.2f}")
 
 
+def bench_cpc(device, autocast, n, repeats, width):
+    x = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, device=device)
+    model = cpc.CPC(cpc.Encoder("resnet18", "cifar", width, "layer", 8, 4), 4, cpc.steps_ahead(8, 4, 5))
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer, rng = torch.optim.AdamW(model.parameters(), 1e-4), augment.Random(0)
+    patches = cpc.patches(x, rng, 32, 0.5, "v2", 8, 4)
+
+    def step():
+        with autocast:
+            pairs = model(cpc.patches(x, rng, 32, 0.5, "v2", 8, 4))[1]
+        loss = sum(cpc.info_nce(*pair) for pair in pairs) / len(pairs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def bare():
+        with autocast:
+            z = model.encoder.grid(patches)
+        z.float().square().mean().backward()
+        model.zero_grad()
+
+    full, encoder = medians(device, repeats, step, bare)
+    show(f"cpc, 7 x 7 patches, ResNet-18 of width {width}: full step, images/s", f"{n / full:.0f}")
+    show("  bare encoder, forward and backward, images/s", f"{n / encoder:.0f}")
+    show("  step / bare encoder (the step has four context networks)", f"{full / encoder:.2f}")
+
+
+def bench_dim(device, autocast, n, repeats, width):
+    x = torch.rand(n, 3, 32, 32, device=device)
+    model = dim.DIM(dim.Encoder("conv", "cifar", width, 32), 1, 0.0, 1.0, 0.1, "jsd", "dot", 2048)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+
+    def step():
+        with autocast:
+            terms = model(x, torch.rand(n, 64, device=device))[1]
+        optimizer.zero_grad()
+        sum(terms).backward()
+        optimizer.step()
+
+    def bare():
+        with autocast:
+            y = model.encoder(x)["Y"]
+        y.float().square().mean().backward()
+        model.zero_grad()
+
+    full, encoder = medians(device, repeats, step, bare)
+    show(f"dim, local, the paper's encoder of width {width}: full step, images/s", f"{n / full:.0f}")
+    show("  bare encoder, forward and backward, images/s", f"{n / encoder:.0f}")
+    show("  step / bare encoder (the step scores with 2048 units at 64 places)", f"{full / encoder:.2f}")
+
+
 def bench_augmentation(device, n, repeats):
     x = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, device=device)
     rng = augment.Random(0)
@@ -247,6 +301,8 @@ def main():
     bench_simclr(device, autocast, args.batch_size, args.repeats, args.width)
     bench_moco(device, autocast, args.batch_size, args.repeats, args.width)
     bench_cmc(device, autocast, args.batch_size, args.repeats, args.width // 2)
+    bench_cpc(device, autocast, args.batch_size // 2, args.repeats, args.width // 4)
+    bench_dim(device, autocast, args.batch_size, args.repeats, args.width)
     bench_augmentation(device, 512, args.repeats)
     width, layers = (256, 4) if device.type == "cuda" else (128, 2)
     bench_gcrl(device, autocast, max(16, args.batch_size // 4), args.repeats, width, layers)

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 TINY = {"simclr": "--image-size 8 --width 4 --blur 0.5 --stem cifar",
         "moco": "--image-size 8 --width 4 --blur 0.5 --stem cifar --negatives 12 --bn-groups 2",
         "cmc": "--image-size 8 --width 4 --stem cifar --negatives 12",
+        "cpc": "--image-size 8 --patch 4 --stride 2 --steps 2 --width 4 --context-width 8 --stem cifar --arch resnet18",
+        "dim": "--image-size 8 --width 4 --units 8 --arch conv",
         "gcrl": "--image-size 8 --width 8 --heads 2 --encoder-layers 1 --decoder-layers 1 --colours 4"}
 os.environ["OMP_NUM_THREADS"] = "1"                                           # of the processes that tests start
 if str(ROOT) not in sys.path:
@@ -43,7 +45,7 @@ def images(tmp_path_factory):
     return root
 
 
-@pytest.fixture(params=["simclr", "moco", "cmc", "gcrl"], scope="session")
+@pytest.fixture(params=["simclr", "moco", "cmc", "cpc", "dim", "gcrl"], scope="session")
 def script(request):
     """The module of each script in turn."""
     return importlib.import_module(request.param)

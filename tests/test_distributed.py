@@ -20,6 +20,9 @@ CASES = {  # at a high rate batch norm amplifies rounding, and Adam takes whole 
     "moco end-to-end": "--width 4 --lr 0.001 --bn-groups 2 --dictionary end-to-end --symmetric",
     "cmc": "--width 4 --lr 0.001 --warmup 0 --batch-size 200 --dictionary memory-bank --negatives 300",
     "cmc end-to-end": "--width 4 --lr 0.001 --warmup 0 --batch-size 200 --dictionary end-to-end",
+    "cpc": "--width 4 --context-width 8 --lr 0.0002 --image-size 20",
+    "dim": "--width 4 --units 8 --lr 0.0002 --objective both",
+    "dim multiscale": "--width 4 --units 8 --lr 0.0002 --objective multiscale --depth 1 --image-size 32",
     "gcrl": "--width 8 --heads 2 --encoder-layers 1 --decoder-layers 1 --colours 4 --lr 0.0002",
 }
 PROGRAM = """
@@ -65,7 +68,7 @@ def test_two_processes_train_as_one(case, two, tmp_path):
     script, argv = command(case, tmp_path)
     importlib.import_module(script).main(argv)
     log, log2 = (json.loads((folder / case / "log.jsonl").read_text()) for folder in (tmp_path, two))
-    for key in log.keys() & {"loss", "nats", "contrastive"}:
+    for key in log.keys() & {"loss", "nats", "contrastive", "global", "local", "prior", "penalty"}:
         assert log2[key] == pytest.approx(log[key], rel=1e-4)
     model, model2 = (torch.load(folder / case / "checkpoint.pt", weights_only=True)["model"]
                      for folder in (tmp_path, two))

@@ -57,7 +57,19 @@ def fits(monkeypatch):
     return spy.calls
 
 
-# ---- linear probe
+# ---- linear probe and MLP
+
+
+def test_mlp_solves_what_is_not_linear():
+    """The exclusive or of two signs: at chance for the linear probe, above 0.9 for the MLP; the same each time, and the
+    global random numbers go on as if nothing had been drawn."""
+    x = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0))
+    split = x[:2000], (x[:2000, 0] * x[:2000, 1] > 0).long(), x[2000:], (x[2000:, 0] * x[2000:, 1] > 0).long()
+    torch.manual_seed(7)
+    expected, _ = torch.rand(3), torch.manual_seed(7)
+    assert linear_probe.linear_probe(*split) < 0.56 and linear_probe.mlp(*split) > 0.9
+    assert torch.equal(torch.rand(3), expected)
+    assert linear_probe.mlp(*split) == linear_probe.mlp(*split)
 
 
 def test_probe_of_separable_gaussians_is_near_one():
@@ -373,3 +385,11 @@ def test_evaluate():
     assert torch.equal(x["trained"][1], torch.eye(4)[labels[1]])
     text = linear_probe.table(results, "Method").splitlines()
     assert len(text) == 4 and text[3].split() == ["Method", "100.0", "100.0"]
+
+
+def test_table_has_the_rows_and_measures_there_are():
+    rows = {"pixels": 0.1, "untrained": 0.2, "trained": 0.3, "untrained conv": 0.4, "trained conv": 0.5, "context": 0.6}
+    text = linear_probe.table({"linear": rows, "mlp": rows}, "dim").splitlines()
+    assert text[0].split() == ["linear", "MLP"] and len({len(line) for line in text}) == 1
+    assert [line[:26].strip() for line in text[1:]] == [
+        "whitened pixels (PCA)", "untrained encoder", "dim", "untrained encoder, conv", "dim, conv", "context"]

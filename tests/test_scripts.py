@@ -14,6 +14,8 @@ import torchvision
 from PIL import Image
 
 import cmc
+import cpc
+import dim
 import gcrl
 import moco
 import simclr
@@ -41,8 +43,10 @@ def test_run_folder(script, finished):
     names |= {"samples.png", "completions.png"} if script is gcrl else set()
     assert {p.name for p in run.folder.iterdir()} == names
     assert json.loads((run.folder / "result.json").read_text()) == run.metrics
-    for measure in ("linear", "knn"):
-        assert run.metrics[measure].keys() == {"pixels", "untrained", "trained"}
+    rows = {"pixels", "untrained", "trained"} | {"cpc": {"context"}, "dim": {
+        "untrained conv", "trained conv", "untrained Y", "trained Y"}}.get(script.__name__, set())
+    for measure in ("linear", "knn", "mlp") if script is dim else ("linear", "knn"):
+        assert run.metrics[measure].keys() == rows
         assert all(0 <= accuracy <= 1 for accuracy in run.metrics[measure].values())
     assert run.metrics["seconds"] > 0 and run.metrics["peak_memory"] > 0
     for name in names:
@@ -59,7 +63,8 @@ def test_log(script, finished):
     """One line an epoch with every metric and the rate, finite; the same epochs on the terminal."""
     run = finished(script)
     log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    metrics = {"nats", "contrastive", "spread"} if script is gcrl else {"loss", "spread"}
+    metrics = {"gcrl": {"nats", "contrastive", "spread"}, "dim": {"local", "prior", "spread"}}.get(
+        script.__name__, {"loss", "spread"})
     assert [entry["epoch"] for entry in log] == [1, 2]
     for entry in log:
         assert entry.keys() == metrics | {"epoch", "lr", "seconds"}
@@ -81,7 +86,7 @@ def test_encoder_is_the_checkpoints(script, finished):
     encoder = torch.load(folder / "encoder.pt", weights_only=True)
     model = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
     if script is not gcrl:
-        prefix = "query.backbone." if script is moco else "encoder."
+        prefix = {"moco": "query.backbone.", "cpc": "encoder.net."}.get(script.__name__, "encoder.")
         model = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
         assert encoder.keys() == model.keys()
     else:
@@ -111,7 +116,10 @@ def test_training_moves_every_weight(script, finished):
     torch.manual_seed(0)
     model = {"simclr": lambda: simclr.SimCLR("resnet18", "cifar", 4), "gcrl": lambda: gcrl.GCRL(4, 8, 8, 1, 1, 2),
              "moco": lambda: moco.MoCo(moco.Encoder("resnet18", "cifar", 4, "mlp", 2), "queue", 12),
-             "cmc": lambda: cmc.CMC(cmc.Encoder("lab", "resnet18", "cifar", 4), 40)}[script.__name__]()
+             "cmc": lambda: cmc.CMC(cmc.Encoder("lab", "resnet18", "cifar", 4), 40),
+             "cpc": lambda: cpc.CPC(cpc.Encoder("resnet18", "cifar", 4, "layer", 4, 2), 4, [2], 8),
+             "dim": lambda: dim.DIM(dim.Encoder("conv", "cifar", 4, 8), 1, 0, 1, 0.1, "jsd", "dot", 8),
+             }[script.__name__]()
     still = [name for name, p in model.named_parameters() if torch.equal(p, run.model[name])]
     assert not still
 
@@ -200,7 +208,8 @@ def test_killed_and_resumed(script, tiny, finished, here, same, content, monkeyp
 @pytest.mark.parametrize("stopped", [False, True], ids=["runs on", "asked to stop"])
 def test_loss_not_finite(script, tiny, finished, here, same, content, monkeypatch, stopped):
     """A nan at step 3 of epoch 2 is refused by step and epoch; the checkpoint of epoch 1 stays and is good."""
-    name, calls = {"moco": ("info_nce", 1), "cmc": ("softmax_contrast", 2)}.get(script.__name__, ("nt_xent", 1))
+    name, calls = {"moco": ("info_nce", 1), "cmc": ("softmax_contrast", 2), "cpc": ("info_nce", 4),
+                   "dim": ("mutual_information", 1)}.get(script.__name__, ("nt_xent", 1))
     loss, seen = getattr(script, name), []
 
     def broken(*args):
@@ -231,12 +240,16 @@ BAD = {
              "--bn-groups 3", "--bn-groups 0", "--symmetric --dictionary memory-bank", "--schedule none"],
     "cmc": ["--views hsv", "--views-dir x", "--graph star", "--contrast l2", "--negatives -1", "--bank-m 1.5",
             "--jitter -1", "--dictionary queue", "--dataset fashionmnist"],
+    "cpc": ["--patch 0", "--patch 9", "--stride 0", "--stride 3", "--steps 1", "--steps 3", "--directions 2",
+            "--norm group", "--augmentation v3", "--context-width 0", "--warmup 2"],
+    "dim": ["--objective all", "--estimator nwj", "--critic sum", "--alpha -1", "--beta -1", "--gamma nan", "--units 0",
+            "--depth 0", "--views 3", "--arch resnet9", "--image-size 12", "--beta 0", "--objective multiscale"],
     "gcrl": ["--warmup 2", "--jitter -1", "--alpha 0 --beta 0", "--alpha -1", "--heads 3", "--heads 0",
              "--colours 1", "--encoder-layers 0"],
 }
 
 
-@pytest.mark.parametrize("script, flags", [(script, flags) for script in (simclr, moco, cmc, gcrl)
+@pytest.mark.parametrize("script, flags", [(script, flags) for script in (simclr, moco, cmc, cpc, dim, gcrl)
                                            for flags in BAD["all"] + BAD[script.__name__]],
                          ids=lambda value: getattr(value, "__name__", value), scope="function")
 def test_bad_value(script, flags, tiny, here, monkeypatch, capsys):
@@ -338,7 +351,11 @@ def test_beta_zero(tiny, here, monkeypatch):
     (moco, "--dictionary end-to-end --symmetric"), (moco, "--head mlp --augmentation v1 --schedule steps"),
     (moco, "--negatives 7"), (moco, "--negatives 5 --symmetric"), (cmc, "--views rgb --graph core --jitter 0.5"),
     (cmc, "--contrast nce"), (cmc, "--views ycbcr --contrast nce --negatives 0"), (moco, "--amp bf16"),
-    (cmc, "--amp bf16"), (cmc, "--dictionary end-to-end"), (cmc, "--dictionary end-to-end --contrast nce")],
+    (cmc, "--amp bf16"), (cmc, "--dictionary end-to-end"), (cmc, "--dictionary end-to-end --contrast nce"),
+    (cpc, "--directions 1 --norm batch --augmentation v1"), (cpc, "--norm none --amp bf16"), (dim, "--objective global"),
+    (dim, "--objective both --critic concat --estimator dv --views 2"), (dim, "--estimator infonce --gamma 0"),
+    (dim, "--arch resnet18 --stem cifar --amp bf16"),
+    (dim, "--objective multiscale --image-size 32 --units 8 --depth 2 --batch-size 8")],
     ids=lambda value: getattr(value, "__name__", value))
 def test_variants_train_and_resume(script, flags, tiny, here, same, content, monkeypatch):
     """Stopped after step 3 of 5 and resumed they end as without the stop, bit for bit: queues and banks too."""

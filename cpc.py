@@ -1,0 +1,302 @@
+"""CPC: Representation Learning with Contrastive Predictive Coding (van den Oord et al. 2018, 1807.03748), with what
+v2 changed: Data-Efficient Image Recognition with CPC (Henaff et al. 2019, 1905.09272).
+
+An image becomes a G x G grid of overlapping patches. An encoder turns each into a vector z_{i,j}, a masked
+convolutional network those of the rows 1 .. i into a context c_{i,j}, and a linear map W_k the context into a
+prediction of the patch k rows below. InfoNCE asks to tell it from those of other places and images (v2, equation 2):
+
+    L = - mean over i, j, k of  log  exp(W_k c_{i,j} . t_{i+k,j}) / sum_l exp(W_k c_{i,j} . t_l),      t = W z
+
+v2 predicts in four directions, each with a context of its own. What is kept, and probed, is the mean of z over the
+grid.
+
+    python cpc.py                                           # embedded data, two minutes on two cores
+    python cpc.py --dataset cifar10                         # ResNet-18 of each patch, 200 epochs
+    torchrun --nproc-per-node 4 cpc.py --dataset cifar10    # the same run on four GPUs
+"""
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import augment, cli, distributed, pictures, resnet
+from common.cli import Refusal
+from common.data import NAMES, epoch_order, load, steps_per_epoch
+from common.run import Progress, Run, cosine, parse, set_rate, spread
+
+# ---- patches and their augmentation
+
+
+def cut(x, patch, stride):
+    """(N, 3, S, S) to its patches (N, G, G, 3, patch, patch), row by row, G = (S - patch) / stride + 1."""
+    return x.unfold(2, patch, stride).unfold(3, patch, stride).permute(0, 2, 3, 1, 4, 5)
+
+
+def patches(x, rng, size, crop_min, augmentation, patch, stride):
+    """The augmented patches of each image: x uint8 (N, 3, H, W) to float (N, G, G, 3, patch, patch) in [0, 1].
+
+    crop_min: least share of the image's area that its crop keeps. augmentation: "v1" moves each patch by a little (a
+    crop of 60 out of 64 pixels, padded), "v2" gives each its own flip, colours, grey, and channels that are left.
+    """
+    x = x.float() / 255
+    x = augment.resized_crop(x, *augment.crop_boxes(rng, len(x), *x.shape[2:], scale=(crop_min, 1.0)), size)
+    x = cut(augment.horizontal_flip(x, rng.uniform(len(x)) < 0.5), patch, stride)
+    grid, x = x.shape[:3], x.flatten(0, 2)                                    # (N G G, 3, patch, patch)
+    n = len(x)
+    if augmentation == "v1":
+        reach = max(1, patch // 32)
+        x = augment.shift(x, *rng.uniform(n, 2, low=-reach, high=reach + 1).floor().unbind(1))
+    else:
+        x = augment.horizontal_flip(x, rng.uniform(n) < 0.5)
+        x = augment.apply_where(rng.uniform(n) < 0.8, augment.color_jitter, x,
+                                *augment.jitter_parameters(rng, n, 0.4, 0.4, 0.4, 0.1))
+        x = augment.apply_where(rng.uniform(n) < 0.2, augment.grayscale, x)
+        x = augment.apply_where(rng.uniform(n) < 0.2, drop_colours, x, (3 * rng.uniform(n)).long())
+    return x.unflatten(0, grid)
+
+
+def drop_colours(x, kept):
+    """Leaves one channel of each image, kept (N,) in 0..2, and sets the other two to the middle of the range."""
+    return torch.where(F.one_hot(kept, 3).bool().to(x.device)[:, :, None, None], x, 0.5)
+
+
+# ---- model
+
+
+class Encoder(nn.Module):
+    """A ResNet of each patch: (N, 3, S, S) RGB in [0, 1] to the mean of z over the grid, (N, feature_dim).
+
+    norm: "layer" (v2), "none" (v1) or "batch", whose statistics tie patches together, so that a context can know by
+    them what it shall predict.
+    """
+
+    def __init__(self, arch, stem, width, norm, patch, stride):
+        super().__init__()
+        self.patch, self.stride = patch, stride
+        norm_layer = {"layer": functools.partial(nn.GroupNorm, 1), "batch": nn.BatchNorm2d, "none": nn.Identity}[norm]
+        self.net = getattr(resnet, arch)(stem, width, norm_layer=norm_layer)
+        self.feature_dim = self.net.feature_dim
+
+    def grid(self, patches):
+        """(N, G, G, 3, patch, patch) to z (N, feature_dim, G, G)."""
+        x = 2 * patches.flatten(0, 2) - 1                                     # a black patch of zeros has no layer norm
+        z = self.net(x.contiguous(memory_format=torch.channels_last))
+        return z.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
+
+    def forward(self, x):
+        return self.grid(cut(x, self.patch, self.stride)).mean(dim=(2, 3))
+
+
+class Context(nn.Module):
+    """g_ar: z (N, C, G, G) to c of that shape; c_{i,j} sees row i and `depth` rows above, in both `depth` columns to
+    the left and right (v2, appendix: the PixelCNN)."""
+
+    def __init__(self, channels, hidden, depth=5):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, hidden, (1, 3), padding=(0, 1)),
+            nn.ZeroPad2d((0, 0, 1, 0)), nn.Conv2d(hidden, hidden, (2, 1)), nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, channels, 1)) for _ in range(depth))
+
+    def forward(self, z):
+        for block in self.blocks:
+            z = z + block(z)
+        return F.relu(z)
+
+
+class CPC(nn.Module):
+    """Encoder, the context network of each direction, its predictors W_k, and the projection W of the targets."""
+
+    def __init__(self, encoder, directions, ahead, hidden=256, dim=64):
+        """directions: 1 (downwards) or 4. ahead: the k that are predicted. hidden: channels inside the context network.
+        dim: of predictions and targets (v2: 64)."""
+        super().__init__()
+        channels = encoder.feature_dim
+        self.encoder, self.ahead = encoder, ahead
+        self.contexts = nn.ModuleList(Context(channels, hidden) for _ in range(directions))
+        self.predictors = nn.ModuleList(nn.Conv2d(channels, len(ahead) * dim, 1) for _ in range(directions))
+        self.target = nn.Conv2d(channels, dim, 1, bias=False)
+
+    def context(self, z):
+        """z (N, C, G, G) to the contexts of the directions, each (N, C, G, G) and turned so that it looks downwards."""
+        return [context(z.rot90(turn, (2, 3))) for turn, context in enumerate(self.contexts)]
+
+    def forward(self, patches):
+        """(N, G, G, 3, p, p) to z's mean (N, C), and for each direction and k predictions and targets, (N (G - k) G, D)
+        each."""
+        z = self.encoder.grid(patches)                                        # (N, C, G, G)
+        target, pairs = self.target(z), []                                    # (N, D, G, G)
+        for turn, (c, predictor) in enumerate(zip(self.context(z), self.predictors)):
+            for k, prediction in zip(self.ahead, predictor(c).chunk(len(self.ahead), dim=1)):
+                pairs.append((places(prediction[:, :, :-k]), places(target.rot90(turn, (2, 3))[:, :, k:])))
+        return z.mean(dim=(2, 3)), pairs
+
+
+def places(x):
+    """(N, D, H, W) to (N H W, D)."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def steps_ahead(patch, stride, last):
+    """The k up to `last` for which the patch k rows below shares no pixel with those that the context has seen.
+
+    With overlapping patches the next row is for the greater part in sight: predicting it teaches to match pixels.
+    """
+    return range(-(-patch // stride), last + 1)
+
+
+# ---- loss
+
+
+def info_nce(predictions, targets):
+    """InfoNCE (v1, equation 4; v2, equation 2), mean over the predictions: a scalar.
+
+    predictions, targets: (M, D), row i of each belonging together; to a prediction all other targets, of other places
+    and of other images, are negatives. Scored by the inner product / sqrt(D), which is what keeps the softmax from
+    saturating at the start (v2: * 0.1 at D = 64). Equal targets give log(M), the chance level; log(M) minus the loss is
+    a lower bound of the mutual information of context and target, in nats.
+    """
+    with torch.autocast(predictions.device.type, enabled=False):
+        logits = predictions.float() @ targets.float().T / math.sqrt(targets.shape[1])        # (M, M)
+        return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+# ---- arguments
+
+DEFAULTS = {  # of a data set, where they differ from those below
+    "shapes": dict(image_size=20, steps=3, width=8, context_width=64, epochs=6, batch_size=32, lr=2e-3),
+    "stl10": dict(image_size=64, patch=16, stride=8),
+    "fashionmnist": dict(image_size=28),
+    "folder": dict(image_size=256, patch=64, stride=32, stem="imagenet", arch="resnet50"),
+}
+
+
+def arguments(argv):
+    parser = cli.Parser(prog="cpc.py", description="CPC. Defaults are those of --dataset shapes; with another "
+                        "--dataset beside --help, that one's.")
+    add = parser.add_argument
+    add("--dataset", choices=NAMES, default="shapes", help="what to train on; shapes and folder need no download")
+    add("--image-size", type=cli.number(int, 8, True), default=32, help="side of the images, pixels")
+    add("--patch", type=cli.count, default=8, help="side of a patch, pixels (ImageNet, v1: 64, v2: 80)")
+    add("--stride", type=cli.count, default=4, help="from patch to patch, pixels (ImageNet, v1: 32)")
+    add("--steps", type=cli.count, default=5,
+        help="rows ahead that are predicted, at most (v1: 5), from the first that shares no pixel with the context")
+    add("--directions", type=int, choices=(1, 4), default=4, help="v1: 1, downwards; v2: 4")
+    add("--context-width", type=cli.count, default=256, help="channels inside the context network (v2: 256)")
+    add("--norm", choices=("layer", "batch", "none"), default="layer", help="in the encoder; v1: none, v2: layer")
+    add("--augmentation", choices=("v1", "v2"), default="v2",
+        help="of each patch alone; v1: small shifts, v2: flips, colours, grey, dropped channels")
+    add("--crop-min", type=cli.number(float, 0, high=1), default=0.5, help="least share of the area that a crop keeps")
+    add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
+    add("--width", type=cli.count, default=64, help="channels of the encoder's first stage")
+    add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
+    add("--epochs", type=cli.count, default=200, help="passes over the training images")
+    add("--warmup", type=cli.number(float, 0, True, 1), default=0.05, help="share of the epochs with a rising rate")
+    add("--batch-size", type=cli.number(int, 2, True), default=64, help="images a step, over all processes")
+    add("--lr", type=cli.positive, default=2e-4, help="peak learning rate of Adam (v1: 0.0002)")
+    add("--weight-decay", type=cli.nonnegative, default=1e-5, help="of all weights, decoupled (AdamW)")
+    cli.add_run_flags(parser)
+    args = parse(parser, argv, DEFAULTS)
+    rest = (args.image_size - args.patch) % args.stride if args.patch <= args.image_size else 1
+    if rest:
+        raise Refusal(f"--patch {args.patch} at --stride {args.stride} does not cover --image-size {args.image_size}: "
+                      f"the stride has to divide the rest of the side")
+    rows = (args.image_size - args.patch) // args.stride + 1
+    first = steps_ahead(args.patch, args.stride, 0).start
+    if not first <= args.steps < rows:
+        raise Refusal(f"--steps {args.steps} is not between {first}, where patches share no pixel, and {rows - 1}, the "
+                      f"end of a grid of {rows} rows: change it, --patch or --stride")
+    return args
+
+
+# ---- training
+
+
+def main(argv=None):
+    """Trains, evaluates and writes the run's folder. Returns the final metrics (result.json)."""
+    args = arguments(argv)
+    device = cli.pick_device(args.device)
+    amp = cli.pick_amp(args.amp, device)
+    rank, world = distributed.start(device)
+    data = distributed.first_alone(load, args.dataset, args.data_dir, args.image_size, device, args.workers,
+                                   args.cache_gb, args.seed)
+    steps = steps_per_epoch(len(data.train), args.batch_size, world)
+    ahead = steps_ahead(args.patch, args.stride, args.steps)
+
+    def new_model():
+        torch.manual_seed(args.seed)
+        encoder = Encoder(args.arch, args.stem, args.width, args.norm, args.patch, args.stride)
+        model = CPC(encoder, args.directions, ahead, args.context_width)
+        return distributed.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
+
+    model = new_model()
+    net = distributed.wrap(model)
+    net = torch.compile(net) if args.compile else net
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    autocast = torch.autocast(device.type, amp, enabled=amp is not None)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    rng = augment.Random(args.seed, rank, world)
+    recipe = args.image_size, args.crop_min, args.augmentation, args.patch, args.stride
+
+    run = Run("cpc", vars(args), device, rank)
+    rows = (args.image_size - args.patch) // args.stride + 1
+    chance = sum(math.log(args.batch_size * (rows - k) * rows) for k in ahead) / len(ahead)
+    metrics = {"loss": ("loss", f"chance {chance:.3f}"), "spread": ("spread", "")}
+    progress = Progress(run, args.epochs, steps, args.batch_size, metrics)
+    run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng, progress=progress)
+    epoch, step = run.restore()
+    run.describe(vars(args), precision=amp or torch.float32, images=len(data.train), processes=world,
+                 grid=f"{rows} x {rows}", ahead=f"{ahead.start} to {ahead.stop - 1}")
+    net.train()
+    with run:
+        while epoch < args.epochs:
+            order = epoch_order(len(data.train), args.batch_size, args.seed, epoch, rank, world)[step:]
+            for step, x in enumerate(data.train.batches(order), step):
+                set_rate(optimizer, args.lr * cosine(epoch * steps + step, args.epochs * steps, args.warmup))
+                with autocast:
+                    h, pairs = net(patches(x, rng, *recipe))
+                loss = sum(info_nce(*map(distributed.gather, pair)) for pair in pairs) / len(pairs)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                progress.update(epoch, step, [loss, spread(h)])
+                if run.stop_requested():
+                    run.stop(epoch, step + 1)
+            progress.end_epoch(epoch, lr=optimizer.param_groups[0]["lr"])
+            epoch, step = epoch + 1, 0
+            run.save(epoch, step)
+
+    if rank > 0:
+        return {}
+
+    def encoder(model):
+        def encode(x):                                                        # uint8 (N, 3, S, S) to (N, feature_dim)
+            with autocast:
+                return model.encoder(x.float() / 255)
+        return encode, model
+
+    def context(x):                                                           # to (N, directions feature_dim)
+        with autocast:
+            c = model.context(model.encoder.grid(cut(x.float() / 255, args.patch, args.stride)))
+            return torch.cat(c, dim=1).mean(dim=(2, 3))
+
+    run.write("encoder.pt", lambda path: torch.save(model.encoder.net.state_dict(), path))
+    x, rng = data.train.at(data.train.some(32)), augment.Random(args.seed)
+    views = [mosaic(cut(x.float() / 255, args.patch, args.stride)), mosaic(patches(x, rng, *recipe))]
+    run.write("views.png", lambda path: pictures.rows(path, *views))
+    encoders = {"untrained": encoder(new_model()), "trained": encoder(model), "context": (context, model)}
+    return run.finish(data, encoders, device)
+
+
+def mosaic(patches):
+    """(N, G, G, 3, p, p) as images (N, 3, G (p + 1), G (p + 1)), white between the patches."""
+    tiles = F.pad(patches, (0, 1, 0, 1), value=1.0)                           # (N, G, G, 3, p + 1, p + 1)
+    return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+if __name__ == "__main__":
+    cli.program(main)

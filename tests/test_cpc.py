@@ -1,0 +1,174 @@
+"""CPC's loss against its equation, and by gradient that no prediction sees what it predicts."""
+import math
+
+import pytest
+import torch
+
+import cpc
+from common import augment
+from common.cli import Refusal
+
+
+def new_model(norm="layer", directions=4, patch=8, stride=4, last=3):
+    torch.manual_seed(0)
+    encoder = cpc.Encoder("resnet18", "cifar", 2, norm, patch, stride)
+    return cpc.CPC(encoder, directions, cpc.steps_ahead(patch, stride, last), hidden=8, dim=4)
+
+
+# ---- loss
+
+
+def oracle(predictions, targets):
+    """Equation 4 of 1807.03748 in loops, its score the scaled inner product."""
+    total, scale = 0.0, math.sqrt(len(targets[0]))
+    for i, prediction in enumerate(predictions):
+        score = [torch.exp(prediction @ target / scale) for target in targets]
+        total = total - torch.log(score[i] / sum(score))
+    return total / len(predictions)
+
+
+@pytest.mark.parametrize("m, d", [(1, 3), (5, 4), (12, 2)])
+def test_info_nce_is_the_equation_with_its_gradient(m, d):
+    torch.manual_seed(m)
+    given = [2 * torch.randn(m, d), torch.randn(m, d)]
+    ours, true = ([x.clone().to(dtype).requires_grad_() for x in given] for dtype in (torch.float32, torch.float64))
+    loss, truth = cpc.info_nce(*ours), oracle(*true)
+    loss.backward()
+    truth.backward()
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-5, abs=1e-7)
+    for x, y in zip(ours, true):
+        assert (x.grad - y.grad).norm() <= 1e-4 * y.grad.norm() + 1e-7
+
+
+def test_info_nce_chance_and_bound():
+    """Equal targets: log(M). However good the predictions, log(M) - loss does not exceed log(M). float32 under bf16."""
+    assert cpc.info_nce(torch.randn(9, 4), torch.ones(9, 4)).item() == pytest.approx(math.log(9), rel=1e-5)
+    for strength in (1, 10, 100):
+        loss = cpc.info_nce(strength * torch.eye(9), torch.eye(9))
+        assert 0 <= loss.item() < math.log(9)
+    assert loss.item() < 1e-6
+    p, t = torch.randn(9, 4), torch.randn(9, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cpc.info_nce(p, t), cpc.info_nce(p, t).float())
+        loss = cpc.info_nce(p, t)
+    assert torch.equal(loss, cpc.info_nce(p, t))
+
+
+# ---- what a prediction sees
+
+
+def image_gradients(model, size, patch, stride):
+    """For each direction and k: (the gradient of each prediction's sum with respect to the image (S, S), absolute; the
+    number of the patch it predicts)."""
+    x = torch.rand(1, 3, size, size, dtype=torch.float64, requires_grad=True)
+    grid = (size - patch) // stride + 1
+    number = torch.arange(grid * grid, dtype=torch.float64).view(1, 1, grid, grid)
+    pairs = iter(model.double()(cpc.cut(x, patch, stride))[1])
+    for turn in range(len(model.contexts)):
+        for k in model.ahead:
+            predictions, targets = next(pairs)
+            goals = cpc.places(number.rot90(turn, (2, 3))[:, :, k:])[:, 0]
+            assert len(predictions) == len(targets) == len(goals) == (grid - k) * grid
+            for prediction, target, goal in zip(predictions, targets, goals):
+                gradients = [torch.autograd.grad(v.sum(), x, retain_graph=True)[0][0].abs().sum(0)
+                             for v in (prediction, target)]
+                yield turn, k, int(goal), *gradients
+
+
+@pytest.mark.parametrize("size, patch, stride, last", [(20, 8, 4, 3), (12, 6, 3, 2), (16, 8, 2, 4), (15, 5, 5, 2)])
+def test_no_prediction_sees_its_target(size, patch, stride, last):
+    """Place by place, in all directions: the target depends on its patch, and the prediction on no pixel of it, nor on
+    what lies beyond it."""
+    model = new_model(patch=patch, stride=stride, last=last)
+    grid, seen = (size - patch) // stride + 1, []
+    for turn, k, goal, of_prediction, of_target in image_gradients(model, size, patch, stride):
+        top, left = (stride * p for p in divmod(goal, grid))
+        inside = torch.zeros(size, size, dtype=torch.bool)
+        inside[top : top + patch, left : left + patch] = True
+        assert of_target[inside].any() and not of_target[~inside].any()
+        assert not of_prediction[inside].any()
+        mask, row = torch.zeros(grid, grid), torch.arange(grid)
+        mask[goal // grid, goal % grid] = 1
+        first = mask.rot90(turn).nonzero()[0, 0] - k                          # the context's row, turned downwards
+        beyond = (row > first).float()[:, None].expand(grid, grid).rot90(-turn).bool()
+        known = torch.zeros(size, size, dtype=torch.bool)
+        for i, j in (~beyond).nonzero().tolist():
+            known[stride * i : stride * i + patch, stride * j : stride * j + patch] = True
+        assert not of_prediction[~known].any()
+        seen.append(of_prediction[known].gt(0).float().mean().item())
+    assert min(seen) > 0.2 and max(seen) > 0.9                                # and it does see its own and upper rows
+
+
+def test_batch_norm_lets_a_prediction_see_its_target():
+    """The reason for layer norm: the batch's statistics carry the target to the context."""
+    leaks = [of_prediction[4 * (goal // 4) : 4 * (goal // 4) + 8, 4 * (goal % 4) : 4 * (goal % 4) + 8].any().item()
+             for _, _, goal, of_prediction, _ in image_gradients(new_model("batch", 1), 20, 8, 4)]
+    assert all(leaks)
+
+
+@pytest.mark.parametrize("patch, stride, ahead", [(64, 32, [2, 3, 4, 5]), (80, 32, [3, 4, 5]), (8, 8, [1, 2, 3, 4, 5]),
+                                                  (8, 5, [2, 3, 4, 5])])
+def test_steps_ahead_share_no_pixel(patch, stride, ahead):
+    assert list(cpc.steps_ahead(patch, stride, 5)) == ahead
+    assert all(k * stride >= patch for k in ahead) and (ahead[0] - 1) * stride < patch
+
+
+# ---- patches and model
+
+
+def test_cut_is_slicing():
+    x = torch.rand(2, 3, 20, 20)
+    patches = cpc.cut(x, 8, 4)
+    assert patches.shape == (2, 4, 4, 3, 8, 8)
+    for i in range(4):
+        for j in range(4):
+            assert torch.equal(patches[:, i, j], x[:, :, 4 * i : 4 * i + 8, 4 * j : 4 * j + 8])
+
+
+@pytest.mark.parametrize("augmentation", ["v1", "v2"])
+def test_each_patch_is_augmented_alone(augmentation):
+    """Equal patches of one image come out different; the crop and the flip are the image's."""
+    tile = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8).repeat(1, 1, 2, 2)
+    patches = cpc.patches(tile, augment.Random(0), 16, 1.0, augmentation, 8, 8)[0].flatten(0, 1)
+    assert patches.shape == (4, 3, 8, 8) and 0 <= patches.min() and patches.max() <= 1
+    assert sum(torch.equal(a, b) for a in patches for b in patches) == 4
+
+
+def test_drop_colours_by_value():
+    x = torch.rand(3, 3, 2, 2)
+    y = cpc.drop_colours(x, torch.tensor([0, 2, 1]))
+    for i, kept in enumerate((0, 2, 1)):
+        for channel in range(3):
+            assert torch.equal(y[i, channel], x[i, channel] if channel == kept else torch.full((2, 2), 0.5))
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch", "none"])
+def test_encoder_is_the_mean_over_the_grid(norm):
+    model = new_model(norm).eval()
+    x = torch.rand(2, 3, 20, 20)
+    z = model.encoder.grid(cpc.cut(x, 8, 4))
+    alone = model.encoder.net(2 * x[:, :, 4:12, 8:16] - 1)                    # the patch of row 1, column 2
+    assert z.shape == (2, 16, 4, 4) and torch.allclose(z[:, :, 1, 2], alone, atol=1e-5)
+    assert torch.allclose(model.encoder(x), z.mean(dim=(2, 3)), atol=1e-5)
+
+
+def test_black_images_train():
+    """Layer norm of a patch of zeros would make the gradients of its layers explode."""
+    model = new_model()
+    loss = sum(cpc.info_nce(*pair) for pair in model(torch.zeros(2, 4, 4, 3, 8, 8))[1])
+    loss.backward()
+    assert max(p.grad.abs().max() for p in model.parameters()) < 1e3
+
+
+def test_mosaic_shows_every_patch():
+    patches = torch.rand(2, 3, 3, 3, 4, 4)
+    picture = cpc.mosaic(patches)
+    assert picture.shape == (2, 3, 15, 15) and (picture[:, :, 4::5] == 1).all() and (picture[:, :, :, 4::5] == 1).all()
+    assert torch.equal(picture[:, :, 5:9, 10:14], patches[:, 1, 2])
+
+
+@pytest.mark.parametrize("flags, named", [("--patch 9", "--patch"), ("--patch 64", "--patch"), ("--stride 5", "--stride"),
+                                          ("--steps 1", "--steps"), ("--steps 7 --dataset cifar10", "--steps")])
+def test_grids_that_cannot_be(flags, named):
+    with pytest.raises(Refusal, match=named):
+        cpc.arguments(flags.split())

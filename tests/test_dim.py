@@ -1,0 +1,268 @@
+"""DIM's estimators against loops and known mutual information, its losses, and AMDIM's, pair by pair."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dim
+from common import augment
+from common.cli import Refusal
+
+ESTIMATORS = ["dv", "jsd", "infonce"]
+
+
+# ---- mutual information
+
+
+def oracle(scores, positives, estimator):
+    """The equations in loops, in float64."""
+    rows, columns = scores.shape
+    real = [scores[i, j] for i in range(rows) for j in range(columns) if positives[i, j]]
+    fake = [scores[i, j] for i in range(rows) for j in range(columns) if not positives[i, j]]
+    if estimator == "dv":
+        return sum(real) / len(real) - torch.log(sum(torch.exp(t) for t in fake) / len(fake))
+    if estimator == "jsd":
+        return (sum(-torch.log(1 + torch.exp(-t)) for t in real) / len(real)
+                - sum(torch.log(1 + torch.exp(t)) for t in fake) / len(fake))
+    total, count = 0.0, 0
+    for i in range(rows):
+        negatives = [torch.exp(scores[i, j]) for j in range(columns) if not positives[i, j]]
+        for j in range(columns):
+            if positives[i, j]:
+                e = torch.exp(scores[i, j])
+                total, count = total + torch.log((1 + len(negatives)) * e / (e + sum(negatives))), count + 1
+    return total / count
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("rows, places", [(2, 1), (4, 3), (3, 5)])
+def test_estimators_are_the_equations_with_their_gradients(estimator, rows, places):
+    torch.manual_seed(rows)
+    given = 3 * torch.randn(rows, rows * places)
+    positives = torch.eye(rows, dtype=torch.bool).repeat_interleave(places, dim=1)
+    ours, true = (given.clone().to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
+    value, truth = dim.mutual_information(ours, positives, estimator), oracle(true, positives, estimator)
+    value.backward()
+    truth.backward()
+    assert value.item() == pytest.approx(truth.item(), rel=1e-5)
+    assert (ours.grad - true.grad).norm() <= 1e-5 * true.grad.norm()
+
+
+@pytest.mark.parametrize("estimator, level, best", [("dv", 0.0, math.inf), ("jsd", -math.log(4), 0.0),
+                                                    ("infonce", 0.0, math.log(13))])
+def test_chance_and_bounds(estimator, level, best):
+    """T = 0 is at chance; whatever T, infonce is at most log(1 + negatives) and jsd at most 0; both come near."""
+    positives = torch.eye(4, dtype=torch.bool).repeat_interleave(4, dim=1)
+    assert dim.mutual_information(torch.zeros(4, 16), positives, estimator).item() == pytest.approx(level, abs=1e-5)
+    for strength in (1, 10, 1000):
+        value = dim.mutual_information(strength * (2.0 * positives - 1), positives, estimator).item()
+        assert value <= best
+    assert value > 100 if estimator == "dv" else value == pytest.approx(best, abs=1e-5)
+
+
+def truth_of_gaussians(rho, estimator):
+    """For x, y normal with correlation rho: their mutual information in nats, or for jsd 2 JS(P, Q) - log 4."""
+    if estimator != "jsd":
+        return -0.5 * math.log(1 - rho**2)
+    grid = torch.linspace(-7, 7, 1401, dtype=torch.float64)
+    x, y = torch.meshgrid(grid, grid, indexing="ij")
+    q = torch.exp(-(x**2 + y**2) / 2) / (2 * math.pi)
+    t = -0.5 * math.log(1 - rho**2) + (rho * x * y - rho**2 * (x**2 + y**2) / 2) / (1 - rho**2)
+    step = (grid[1] - grid[0]) ** 2
+    return ((-F.softplus(-t) * q * t.exp() - F.softplus(t) * q).sum() * step).item()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_gaussians_of_known_mutual_information(estimator):
+    """T, a quadratic of the pair, trained by each estimator on Gaussians: its estimate on new ones is near the truth,
+    and in its order."""
+    estimates, rhos = [], (0.2, 0.6, 0.9)
+    for rho in rhos:
+        generator, weights = torch.Generator().manual_seed(0), torch.zeros(4, requires_grad=True)
+        optimizer = torch.optim.Adam([weights], 0.05)
+
+        def estimate(n):
+            x, noise = torch.randn(2, n, generator=generator)
+            y = rho * x + math.sqrt(1 - rho**2) * noise
+            a, b = x[:, None].expand(n, n), y[None].expand(n, n)
+            scores = torch.stack([torch.ones(n, n), a * b, a**2, b**2], dim=2) @ weights
+            return dim.mutual_information(scores, torch.eye(n, dtype=torch.bool), estimator)
+
+        for step in range(300):
+            optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 300)
+            optimizer.zero_grad()
+            (-estimate(128)).backward()
+            optimizer.step()
+        with torch.no_grad():
+            estimates.append(sum(estimate(1000).item() for _ in range(4)) / 4)
+    for rho, value in zip(rhos, estimates):
+        assert value == pytest.approx(truth_of_gaussians(rho, estimator), abs=0.05)
+    assert estimates == sorted(estimates)
+
+
+# ---- DIM
+
+
+def test_dot_scores_every_pair():
+    torch.manual_seed(0)
+    critic, y, c = dim.Dot(3, 5, 8), torch.randn(4, 3), torch.randn(4, 6, 5)
+    scores, positives = critic(y, c)
+    assert scores.shape == positives.shape == (4, 24)
+    for i in range(4):
+        for j in range(4):
+            for place in range(6):
+                a = critic.y[0](y[i]) + critic.y[1](y[i])
+                b = critic.norm(critic.c[0](c[j, place]) + critic.c[1](c[j, place]))
+                assert scores[i, 6 * j + place].item() == pytest.approx((a @ b / math.sqrt(8)).item(), abs=1e-5)
+                assert positives[i, 6 * j + place] == (i == j)
+
+
+def test_concat_scores_its_own_and_another_image():
+    torch.manual_seed(0)
+    critic, y, c = dim.Concat(3, 5, 8), torch.randn(4, 3), torch.randn(4, 6, 5)
+    scores, positives = critic(y, c)
+    assert scores.shape == positives.shape == (4, 12)
+    for i in range(4):
+        for place in range(12):
+            j = i if place < 6 else i - 1
+            true = critic.net(torch.cat([y[i], c[j, place % 6]])).item()
+            assert scores[i, place].item() == pytest.approx(true, abs=1e-5)
+            assert positives[i, place] == (i == j)
+
+
+def new_dim(views=1, alpha=0.5, beta=2.0, gamma=0.3, estimator="jsd", critic="dot", size=16, arch="conv"):
+    torch.manual_seed(0)
+    encoder = dim.Encoder(arch, "cifar", 4, size, dim=6)
+    return dim.DIM(encoder, views, alpha, beta, gamma, estimator, critic, 8, dim=6)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("critic", ["dot", "concat"])
+def test_loss_is_the_weighted_sum(views, estimator, critic):
+    """Of two views Y of one meets the map of the other; each image's own second view is never a Fake."""
+    model = new_dim(views, estimator=estimator, critic=critic)
+    x, uniform = torch.rand(views * 4, 3, 16, 16), torch.rand(views * 4, 6)
+    h, terms = model(x, uniform)
+    out = model.encoder(x)                                                    # the same batch statistics
+    assert torch.allclose(h, out["fc"])
+    y, local = out["Y"].chunk(views), out["local"].chunk(views)
+    wide, narrow = [], []
+    for view in range(views):
+        other = local[views - 1 - view]
+        narrow.append(dim.mutual_information(*model.local_critic(y[view], other.flatten(2).mT), estimator))
+        wide.append(dim.mutual_information(*model.global_critic(y[view], model.summary(other)[:, None]), estimator))
+    real, fake = model.prior(uniform), model.prior(out["Y"].sigmoid())
+    adversary = F.binary_cross_entropy_with_logits(real, torch.ones_like(real)) + \
+        F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))
+    expected = [-0.5 * sum(wide) / views, -2.0 * sum(narrow) / views, adversary]
+    assert [t.item() for t in terms] == pytest.approx([t.item() for t in expected], rel=1e-4)
+
+
+def test_the_adversary_descends_where_the_encoder_ascends():
+    """Of the prior's term the adversary has the gradient, the encoder -gamma times its own."""
+    model = new_dim(alpha=0, beta=0)
+    x, uniform = torch.rand(4, 3, 16, 16), torch.rand(4, 6)
+    term, = model(x, uniform)[1]
+    ours = torch.autograd.grad(term, [model.encoder.y.weight, model.prior[0].weight])
+    real, fake = model.prior(uniform), model.prior(model.encoder(x)["Y"].sigmoid())
+    plain = F.softplus(-real).mean() + F.softplus(fake).mean()
+    true = torch.autograd.grad(plain, [model.encoder.y.weight, model.prior[0].weight])
+    assert torch.allclose(ours[0], -0.3 * true[0], atol=1e-7) and torch.allclose(ours[1], true[1], atol=1e-7)
+    assert true[0].abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("arch, stem, size", [("conv", "cifar", 32), ("conv", "cifar", 24), ("resnet18", "cifar", 32),
+                                              ("resnet18", "imagenet", 64), ("resnet18", "cifar", 20)])
+def test_encoder_has_the_sizes_it_says(arch, stem, size):
+    encoder = dim.Encoder(arch, stem, 4, size)
+    out = encoder(torch.rand(2, 3, size, size))
+    assert out["local"].flatten(2).shape == (2, encoder.local_dim, encoder.places)
+    assert out["conv"].shape == (2, encoder.conv_dim) and out["fc"].shape == (2, 64) and out["Y"].shape == (2, 64)
+
+
+def test_the_papers_encoder_at_32_pixels():
+    """Local 128 x 8 x 8, conv 256 x 4 x 4, fc 1024, Y 64."""
+    out = dim.Encoder("conv", "cifar", 64, 32)(torch.rand(2, 3, 32, 32))
+    assert out["local"].shape[1:] == (128, 8, 8)
+    assert [out[name].shape[1] for name in ("conv", "fc", "Y")] == [256 * 4 * 4, 1024, 64]
+
+
+# ---- AMDIM
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_maps_and_what_their_places_see(size):
+    """Maps of 7 and 5 at every size; by gradient, a place has seen a square of about S / 4 and S / 2 pixels."""
+    torch.manual_seed(0)
+    encoder = dim.MultiscaleEncoder(size, 4, 8, 2).eval()
+    x = torch.rand(1, 3, size, size, requires_grad=True)
+    maps = encoder(x)
+    assert {s: tuple(m.shape[1:]) for s, m in maps.items()} == {7: (16, 7, 7), 5: (16, 5, 5), 1: (8,)}
+    for scale, share in ((7, 4), (5, 2)):
+        seen = torch.autograd.grad(maps[scale][0, :, 2, 2].sum(), x, retain_graph=True)[0][0].abs().sum(0) > 0
+        for side in (seen.any(0).sum().item(), seen.any(1).sum().item()):
+            assert size // share - 1 <= side <= size // share + 1
+
+
+def test_bounded_scores():
+    scores = torch.tensor([-1e6, -20.0, 0.0, 0.1, 1e6])
+    assert dim.bounded(scores, 20.0).tolist() == pytest.approx([-20, -20 * math.tanh(1), 0, 0.1, 20], abs=1e-5)
+
+
+def test_multiscale_loss_is_its_six_tasks():
+    """1 to 5, 1 to 7, and one place of 5 to 5, from each view to the other, in loops."""
+    torch.manual_seed(0)
+    model = dim.AMDIM(dim.MultiscaleEncoder(32, 4, 8, 1), 4, clip=2.0, penalty=0.05)
+    x, place, n = 3 * torch.rand(6, 3, 32, 32), torch.tensor([3, 24, 0]), 3
+    h, (loss, penalty) = model(x, place)
+    maps = model.encoder(x)                                                   # the same batch statistics
+    assert torch.allclose(h, maps[1])
+    vectors = {s: model.embeddings[str(s)](maps[s]).flatten(2).mT.double() for s in (5, 7)}
+    total, squares = 0.0, 0.0
+    for scale, other in ((1, 5), (1, 7), (5, 5)):
+        for view in (0, 1):
+            scores, positives = torch.empty(n, n * other**2, dtype=torch.float64), torch.empty(n, n * other**2).bool()
+            for i in range(n):
+                row = view * n + i
+                anchor = maps[1][row].double() if scale == 1 else vectors[5][row, place[i]]
+                for j in range(n):
+                    for p in range(other**2):
+                        score = anchor @ vectors[other][(1 - view) * n + j, p] / math.sqrt(8)
+                        squares = squares + score**2 / (n * n * other**2)
+                        scores[i, j * other**2 + p] = 2 * torch.tanh(score / 2)
+                        positives[i, j * other**2 + p] = i == j
+            total = total - oracle(scores, positives, "infonce") / 2
+    assert loss.item() == pytest.approx(total.item(), rel=1e-3, abs=1e-4)
+    assert penalty.item() == pytest.approx(0.05 * squares.item() / 2, rel=1e-3)
+
+
+# ---- views and flags
+
+
+def test_views():
+    """One view is the image; two differ but in their flip."""
+    x = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    assert torch.equal(dim.augmented(x, augment.Random(0), 16, 1), x / 255)
+    ramp = torch.arange(0, 256, 16, dtype=torch.uint8).expand(64, 3, 16, 16)
+    one, other = dim.augmented(ramp, augment.Random(0), 16, 2).chunk(2)
+    rising = [(v.mean(dim=(1, 2)).diff(dim=1).sum(dim=1) > 0) for v in (one, other)]
+    assert torch.equal(*rising) and 10 < rising[0].sum() < 54 and not torch.equal(one, other)
+    assert dim.augmented(torch.zeros(2, 3, 100, 80, dtype=torch.uint8), augment.Random(0), 128, 2).shape == (
+        4, 3, 128, 128)
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--objective multiscale --image-size 48", "--image-size"), ("--objective multiscale --image-size 96", "--image-size"),
+    ("--objective multiscale --views 1", "--views"), ("--alpha 0 --beta 0", "--alpha"), ("--image-size 20", "--image-size")])
+def test_flags_that_cannot_be(flags, named):
+    with pytest.raises(Refusal, match=named):
+        dim.arguments(flags.split())
+
+
+def test_weights_of_the_objectives():
+    """As in the paper's tables: DIM(L) 0, 1, .1 and DIM(G) 1, 0, 1; a flag goes before them."""
+    weights = lambda text: [getattr(dim.arguments(text.split()), name) for name in ("alpha", "beta", "gamma")]
+    assert weights("--dataset cifar10") == [0, 1, 0.1] and weights("--objective global") == [1, 0, 1]
+    assert weights("--objective both --gamma 0") == [0.5, 1, 0]
