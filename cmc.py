@@ -10,8 +10,7 @@ different images far, by the critic h(v_i, v_j) = exp(z_i.z_j / tau). Anchored a
 L(V_i, V_j) is the sum of both anchorings; --graph core sums it over the pairs with the first view, full over all pairs.
 The z_j of the n training images are kept in a memory bank for each view, as running means; key and negatives are drawn
 from it (one draw serves the batch, where the paper draws for each image), or they are the batch's own, end-to-end. Z is
-estimated on the first batch and stays.
-What is kept, and probed, is the concatenation of all f_i(v_i).
+estimated on the first batch and stays. What is kept, and probed, is the concatenation of all f_i(v_i).
 
     python cmc.py                                           # embedded data, L and ab
     python cmc.py --dataset cifar10 --contrast nce          # ResNet-18 of half width a view, 200 epochs
@@ -103,6 +102,15 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         return torch.cat(self.features(x), dim=1)
+
+    def stages(self):
+        return [sum(stage, []) for stage in zip(*(net.stages() for net in self.nets))]
+
+
+def encoder(args):
+    """What is kept and probed, untrained: (N, 3, S, S) RGB in [0, 1] to (N, D). args: the settings of a run."""
+    views, folders = ("folders", len(args.views_dir)) if args.views_dir else (args.views, 0)
+    return Encoder(views, args.arch, args.stem, args.width, folders)
 
 
 class CMC(nn.Module):
@@ -267,12 +275,11 @@ def main(argv=None):
                                    args.workers, args.cache_gb, args.seed)
     images, banked = len(data.train), args.dictionary == "memory-bank"
     steps = steps_per_epoch(images, args.batch_size, world)
-    views, folders = ("folders", len(args.views_dir)) if args.views_dir else (args.views, 0)
-    pairs = pairs_of(args.graph, folders or len(CHANNELS[views]))
+    pairs = pairs_of(args.graph, len(encoder(args).nets))
 
     def new_model():
         torch.manual_seed(args.seed)
-        model = CMC(Encoder(views, args.arch, args.stem, args.width, folders), images if banked else 0)
+        model = CMC(encoder(args), images if banked else 0)
         return distributed.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
 
     model = new_model()
@@ -326,7 +333,7 @@ def main(argv=None):
     if rank > 0:
         return {}
 
-    def encoder(model):
+    def judged(model):
         def encode(x):                                                        # uint8 (N, C, S, S) to (N, feature_dim)
             with autocast:
                 return model.encoder(x.float() / 255)
@@ -334,16 +341,9 @@ def main(argv=None):
 
     run.write("encoder.pt", lambda path: torch.save(model.encoder.state_dict(), path))
     x = augmented(data.train.at(data.train.some(32)), augment.Random(args.seed), *recipe)
-    seen = [seen_as_colours(v) for v in split(x, views)]
-    run.write("views.png", lambda path: pictures.rows(path, *([] if folders else [x]), *seen))
-    return run.finish(data, {"untrained": encoder(new_model()), "trained": encoder(model)}, device)
-
-
-def seen_as_colours(view):
-    """A view of `split` for a person's eye: one channel in grey, two as red and green beside a middling blue."""
-    n, channels, height, width = view.shape
-    rgb = view.expand(-1, 3, -1, -1) if channels == 1 else F.pad(view, (0, 0, 0, 0, 0, 3 - channels))
-    return (rgb / 2 + 0.5).clamp(0, 1)
+    seen = [pictures.as_colours(v) for v in split(x, model.encoder.views)]
+    run.write("views.png", lambda path: pictures.rows(path, *([] if args.views_dir else [x]), *seen))
+    return run.finish(data, {"untrained": judged(new_model()), "trained": judged(model)}, device)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,14 @@ class Encoder(nn.Module):
     def forward(self, x):
         return self.grid(cut(x, self.patch, self.stride)).mean(dim=(2, 3))
 
+    def stages(self):
+        return self.net.stages()
+
+
+def encoder(args):
+    """What is kept and probed, untrained: (N, 3, S, S) RGB in [0, 1] to (N, D). args: the settings of a run."""
+    return Encoder(args.arch, args.stem, args.width, args.norm, args.patch, args.stride)
+
 
 class Context(nn.Module):
     """g_ar: z (N, C, G, G) to c of that shape; c_{i,j} sees row i and `depth` rows above, in both `depth` columns to
@@ -228,8 +236,7 @@ def main(argv=None):
 
     def new_model():
         torch.manual_seed(args.seed)
-        encoder = Encoder(args.arch, args.stem, args.width, args.norm, args.patch, args.stride)
-        model = CPC(encoder, args.directions, ahead, args.context_width)
+        model = CPC(encoder(args), args.directions, ahead, args.context_width)
         return distributed.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
 
     model = new_model()
@@ -273,7 +280,7 @@ def main(argv=None):
     if rank > 0:
         return {}
 
-    def encoder(model):
+    def judged(model):
         def encode(x):                                                        # uint8 (N, 3, S, S) to (N, feature_dim)
             with autocast:
                 return model.encoder(x.float() / 255)
@@ -284,11 +291,11 @@ def main(argv=None):
             c = model.context(model.encoder.grid(cut(x.float() / 255, args.patch, args.stride)))
             return torch.cat(c, dim=1).mean(dim=(2, 3))
 
-    run.write("encoder.pt", lambda path: torch.save(model.encoder.net.state_dict(), path))
+    run.write("encoder.pt", lambda path: torch.save(model.encoder.state_dict(), path))
     x, rng = data.train.at(data.train.some(32)), augment.Random(args.seed)
     views = [mosaic(cut(x.float() / 255, args.patch, args.stride)), mosaic(patches(x, rng, *recipe))]
     run.write("views.png", lambda path: pictures.rows(path, *views))
-    encoders = {"untrained": encoder(new_model()), "trained": encoder(model), "context": (context, model)}
+    encoders = {"untrained": judged(new_model()), "trained": judged(model), "context": (context, model)}
     return run.finish(data, encoders, device)
 
 

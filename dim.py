@@ -67,7 +67,7 @@ def inner_products(a, b):
 
 
 class Encoder(nn.Module):
-    """(N, 3, S, S) to the local map (N, C, M, M), and conv (N, ...), fc (N, 16 width) and Y (N, dim).
+    """(N, 3, S, S) to fc (N, 16 width); `layers` also gives the local map (N, C, M, M), conv (N, ...) and Y (N, dim).
 
     arch "conv" is the paper's for 32 pixels (width 64): M = S / 4, conv is the next layer's map, flattened. "resnet18":
     the local map is layer3's, conv the mean of layer4's.
@@ -94,6 +94,12 @@ class Encoder(nn.Module):
         self.y = nn.Linear(16 * width, dim)
 
     def forward(self, x):
+        return self.layers(x)["fc"]
+
+    def stages(self):
+        return [[self.lower], [self.upper], [self.fc]]
+
+    def layers(self, x):
         local = self.lower(x.contiguous(memory_format=torch.channels_last))   # (N, C, M, M)
         conv = self.upper(local).flatten(1)                                   # (N, conv_dim)
         fc = self.fc(conv)                                                    # (N, 16 width)
@@ -151,7 +157,7 @@ class DIM(nn.Module):
     def forward(self, x, uniform):
         """x (V N, 3, S, S), the V views of each image N rows apart; uniform (V N, dim) draws from [0, 1]. Returns fc
         (V N, 16 width) and the losses whose weights are not 0: global, local, and the adversary's, log 4 at chance."""
-        out = self.encoder(x)
+        out = self.encoder.layers(x)
         ys, locals_ = ([distributed.gather(part) for part in out[name].float().chunk(self.views)]
                        for name in ("Y", "local"))
         pairs, terms = list(zip(ys, reversed(locals_))), []                   # of two views Y of one, c of the other
@@ -195,7 +201,8 @@ class Convolution(nn.Module):
 
 
 class MultiscaleEncoder(nn.Module):
-    """(N, 3, S, S) to {7: (N, 4 width, 7, 7), 5: (N, 4 width, 5, 5), 1: (N, dim)}, S = 32, 64, 128 ...
+    """(N, 3, S, S) to (N, dim), S = 32, 64, 128 ... `layers` gives this as 1 of {7: (N, 4 width, 7, 7), 5: (N, 4 width,
+    5, 5), 1: (N, dim)}.
 
     Nothing is padded and most layers are 1 x 1, so that a vector of the 7 x 7 map has seen S / 4 pixels, of the 5 x 5
     map S / 2: a task between places would be idle if each had seen all of the image.
@@ -218,6 +225,12 @@ class MultiscaleEncoder(nn.Module):
         self.feature_dim = dim
 
     def forward(self, x):
+        return self.layers(x)[1]
+
+    def stages(self):
+        return [[self.to_7], [self.to_5], [self.to_1]]
+
+    def layers(self, x):
         map_7 = self.to_7(x.contiguous(memory_format=torch.channels_last))
         map_5 = self.to_5(map_7)
         return {7: map_7, 5: map_5, 1: self.to_1(map_5)}
@@ -236,7 +249,7 @@ class AMDIM(nn.Module):
     def forward(self, views, place):
         """views (2 N, 3, S, S), the two of each image N rows apart; place (N,) in 0..24, which vector of the 5 x 5 map
         is to tell the other view's: the vectors (2 N, dim), the loss, and the penalty of large scores."""
-        maps = self.encoder(views)
+        maps = self.encoder.layers(views)
         embedded = {int(s): f(maps[int(s)]).flatten(2).transpose(1, 2).float() for s, f in self.embeddings.items()}
         tell = {1: maps[1].float(), 5: embedded[5][torch.arange(len(views)), place.repeat(2)]}    # (2 N, dim) each
         tell, told = ([{s: distributed.gather(x.chunk(2)[view]) for s, x in vectors.items()} for view in (0, 1)]
@@ -276,6 +289,13 @@ def augmented(x, rng, size, views):
         return x.float() / 255
     x = augment.horizontal_flip(x.float() / 255, rng.uniform(len(x)) < 0.5)
     return torch.cat([view(x, rng, size) for _ in range(2)])
+
+
+def encoder(args):
+    """What is kept and probed, untrained: (N, 3, S, S) RGB in [0, 1] to (N, D). args: the settings of a run."""
+    if args.objective == "multiscale":
+        return MultiscaleEncoder(args.image_size, args.width, args.units, args.depth)
+    return Encoder(args.arch, args.stem, args.width, args.image_size)
 
 
 # ---- arguments
@@ -349,10 +369,10 @@ def main(argv=None):
     def new_model():
         torch.manual_seed(args.seed)
         if multiscale:
-            model = AMDIM(MultiscaleEncoder(args.image_size, args.width, args.units, args.depth), args.width)
+            model = AMDIM(encoder(args), args.width)
         else:
-            encoder = Encoder(args.arch, args.stem, args.width, args.image_size)
-            model = DIM(encoder, args.views, args.alpha, args.beta, args.gamma, args.estimator, args.critic, args.units)
+            model = DIM(encoder(args), args.views, args.alpha, args.beta, args.gamma, args.estimator, args.critic,
+                        args.units)
         return distributed.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
 
     model = new_model()
@@ -401,10 +421,10 @@ def main(argv=None):
     if rank > 0:
         return {}
 
-    def encoder(model, layer):
+    def judged(model, layer):
         def encode(x):                                                        # uint8 (N, 3, S, S) to (N, D)
             with autocast:
-                return model.encoder(x.float() / 255)[layer]
+                return model.encoder.layers(x.float() / 255)[layer]
         return encode, model
 
     run.write("encoder.pt", lambda path: torch.save(model.encoder.state_dict(), path))
@@ -412,7 +432,7 @@ def main(argv=None):
     views = augmented(x, rng, args.image_size, args.views).chunk(args.views)
     run.write("views.png", lambda path: pictures.rows(path, *views))
     rows = {"": 1} if multiscale else {"": "fc", " conv": "conv", " Y": "Y"}
-    encoders = {f"{kind}{row}": encoder(m, layer) for row, layer in rows.items()
+    encoders = {f"{kind}{row}": judged(m, layer) for row, layer in rows.items()
                 for kind, m in (("untrained", new_model()), ("trained", model))}
     return run.finish(data, encoders, device, ("linear", "knn", "mlp"))
 

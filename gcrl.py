@@ -14,16 +14,22 @@ nats: --alpha D-1 is the equation to the letter. Widths, depths, temperature and
 
     python gcrl.py                                          # embedded data, two minutes on two cores
     python gcrl.py --dataset cifar10 --alpha 1 --beta 1     # hybrid; --beta 0: generative; --alpha 0: contrastive
+    python gcrl.py --sample RUN --temperature 0.9           # draws from a saved run
 """
+import argparse
+import io
+import itertools
+import json
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import augment, cli, distributed, linear_probe, pictures
-from common.data import NAMES, epoch_order, load, steps_per_epoch
-from common.run import Progress, Run, cosine, parse, set_rate, spread
+from common import augment, cli, distributed, encoders, frechet, linear_probe, pictures
+from common.data import NAMES, Decoder, Images, ToPixels, epoch_order, load, steps_per_epoch
+from common.run import Progress, Run, cosine, parse, set_rate, spread, write_file
 from common.transformer import Block, init_weights
 
 # ---- palette: pixels as tokens (iGPT, Chen et al. 2020)
@@ -191,6 +197,27 @@ class GCRL(nn.Module):
         return tokens
 
 
+class Encoder(GCRL):
+    """A GCRL without decoder and head: (N, 3, S, S) RGB in [0, 1] to features (N, width)."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        del self.decoder, self.decoder_norm, self.to_logits, self.head
+
+    def forward(self, x):
+        return self.encode(quantise(x, self.palette))
+
+    def stages(self):
+        blocks = [list(pair) for pair in zip(self.encoder[::2], self.encoder[1::2])]
+        blocks[-1].append(self.encoder_norm)
+        return [[self.embedding, self.row_position, self.column_position], *blocks]
+
+
+def encoder(args):
+    """What is kept and probed, untrained: (N, 3, S, S) RGB in [0, 1] to (N, D). args: the settings of a run."""
+    return Encoder(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
+
+
 def log_likelihood(logits, tokens):
     """logits (N, H, W, V), tokens (N, H, W) to sum_{k=2..D} log p(x_k | x_<k), (N,), in float32 nats."""
     nats = F.cross_entropy(logits.float().flatten(0, 2), tokens.flatten(), reduction="none").view(len(tokens), -1)
@@ -214,6 +241,8 @@ DEFAULTS = {  # of a data set, where they differ from those below
     "shapes": dict(image_size=12, colours=2, width=64, encoder_layers=1, decoder_layers=1, heads=4, crop_min=0.4,
                    jitter=0.3, epochs=9, batch_size=32, lr=2.5e-3),
 }
+DRAWING = dict(temperature=1.0, top_k=None, samples=None, complete=[], frechet=None)           # with --sample
+FREE_TO_DRAW = {"seed", "device", "workers", "data_dir", "cache_gb"}          # of the run's settings, with --sample
 
 
 def arguments(argv):
@@ -238,11 +267,41 @@ def arguments(argv):
     add("--weight-decay", type=cli.nonnegative, default=0.01, help="AdamW's decay of all weights but biases and norms")
     add("--tau", type=cli.positive, default=0.2, help="temperature of the contrastive loss")
     cli.add_run_flags(parser)
+    add = parser.add_argument_group("drawing", "from a saved run, with --sample",
+                                    argument_default=argparse.SUPPRESS).add_argument
+    add("--sample", metavar="RUN", help="trains nothing: draws from the run in this folder, with its settings and "
+        "into this folder; --seed is then that of the draws")
+    add("--temperature", type=cli.number(float, 1e-3, True), help="divides the logits (default: 1.0)")
+    add("--top-k", type=cli.count, help="draws among the likeliest so many colours (default: all)")
+    add("--samples", type=cli.count, help="images to draw; a picture has 500 at most (default: 64, with --frechet 500)")
+    add("--complete", nargs="+", metavar="IMAGE", help="your images, the lower half of each drawn anew, six times")
+    add("--frechet", metavar="RUN", help="Frechet distance of samples and test images in the features of this run, of "
+        "any script, beside that of two halves of the test images: of equally many, at most half of the test images")
     args = parse(parser, argv, DEFAULTS)
+    if "sample" in args:
+        return drawing_arguments(parser, argv, args.sample)
+    alone = [name for name in DRAWING if name in args]
+    if alone:
+        raise cli.Refusal(f"--{alone[0].replace('_', '-')} only goes with --sample RUN, the run to draw from")
     if args.alpha == args.beta == 0:
         raise cli.Refusal("--alpha 0 --beta 0 leaves nothing to learn: give one of them a weight")
     if args.width % args.heads:
         raise cli.Refusal(f"--heads {args.heads} does not divide --width {args.width}")
+    return args
+
+
+def drawing_arguments(parser, argv, folder):
+    """The arguments of --sample: the settings of the run in `folder`, and what the flags say of drawing."""
+    stored = vars(encoders.settings(folder, "gcrl")[1])
+    parser.set_defaults(**stored, **DRAWING)
+    args = parser.parse_args(None if argv is None else [str(a) for a in argv])
+    changed = [k for k in stored if k not in FREE_TO_DRAW and getattr(args, k) != stored[k]]
+    if changed:
+        raise cli.Refusal(f"--{changed[0].replace('_', '-')} cannot change with --sample (the run has "
+                          f"{stored[changed[0]]}): leave it out")
+    if args.alpha == 0:
+        raise cli.Refusal(f"--sample {folder}: that run has --alpha 0, so its decoder was not trained to draw")
+    args.data_seed = stored["seed"]
     return args
 
 
@@ -252,6 +311,8 @@ def arguments(argv):
 def main(argv=None):
     """Trains, evaluates and writes the run's folder. Returns the final metrics (result.json)."""
     args = arguments(argv)
+    if "sample" in args:
+        return draw(args)
     generate, contrast, device = args.alpha > 0, args.beta > 0, cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
@@ -260,7 +321,7 @@ def main(argv=None):
     steps = steps_per_epoch(len(data.train), args.batch_size, world)
     some = data.train.at(data.train.some(2000))                               # (2000, 3, S, S) uint8, for the palette
     palette = fit_palette(some, args.colours, args.seed)
-    tokens = quantise(some, palette)
+    tokens, args.colours = quantise(some, palette), len(palette)              # fewer where the images have fewer
 
     def new_model():
         torch.manual_seed(args.seed)
@@ -342,8 +403,72 @@ def main(argv=None):
         given = quantise(held.at(held.some(32)).to(device), model.palette)
         completed = model.sample(len(given), given=given, rows=args.image_size // 2, generator=generator)
         picture("completions.png", given, completed)
-    encoders = {row: (of_pixels(m.encode), m) for row, m in (("untrained", new_model()), ("trained", model))}
-    return run.finish(data, encoders, device, **more)
+    judged = {row: (of_pixels(m.encode), m) for row, m in (("untrained", new_model()), ("trained", model))}
+    return run.finish(data, judged, device, **more)
+
+
+# ---- drawing
+
+
+def trained(folder, device):
+    """The model of the run in `folder`, as last saved, in eval mode. Raises Refusal where there is none."""
+    args, state = encoders.settings(folder, "gcrl")[1], encoders.weights(folder, "checkpoint.pt")
+    model = GCRL(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
+    try:
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise cli.Refusal(f"{folder}/checkpoint.pt is not of that run's model ({str(error).splitlines()[0]}): it was "
+                          f"made by another run or another version of gcrl.py") from None
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def draw(args):
+    """--sample: draws, writes the pictures beside what the run's folder holds, prints and returns the distances."""
+    device, size = cli.pick_device(args.device), args.image_size
+    model, judge = trained(args.sample, device), args.frechet and encoders.load(args.frechet, device)
+    given = args.complete and Images(Decoder(args.complete, ToPixels(size)), None, device, 0, True).pixels
+
+    def sample(tokens, rows=0):
+        """Images (N, 3, S, S): the first rows those of the tokens (N, S, S), the rest drawn; 64 at once, for memory."""
+        generator = torch.Generator(device).manual_seed(args.seed)
+        return dequantise(torch.cat([model.sample(len(part), args.temperature, args.top_k, part, rows, generator)
+                                     for part in tokens.split(64)]), model.palette)
+
+    def seen(x):                                                              # uint8 in the palette's colours
+        return dequantise(quantise(x.to(device), model.palette), model.palette)
+
+    def keep(name, suffix, content):
+        """A file of bytes, of a free name: same settings, same bytes, same file; but nothing else is overwritten."""
+        name += f"-T{args.temperature}-k{args.top_k or 'all'}-seed{args.seed}"
+        for number in itertools.count(1):
+            path = Path(args.sample) / f"{name}{f'-{number}' if number > 1 else ''}{suffix}"
+            if not path.exists():
+                write_file(path, lambda part: part.write_bytes(content))
+            if path.read_bytes() == content:
+                return print(path, flush=True)
+
+    def picture(name, images, columns):
+        pictures.tiles(file := io.BytesIO(), images, columns)
+        keep(name, ".png", file.getvalue())
+
+    n = args.samples or (500 if args.frechet else 64)
+    samples = sample(torch.zeros(n, size, size, dtype=torch.int64, device=device))
+    picture("samples", samples[:500], max(8, math.isqrt(min(n, 500))))
+    if args.complete:                                                         # a row: image, upper half, 6 completions
+        upper, tokens = seen(given), quantise(given, model.palette)
+        upper[:, :, size // 2 :] = 0.5
+        drawn = sample(tokens.repeat_interleave(6, dim=0), size // 2).unflatten(0, (-1, 6))
+        picture("completions", torch.cat([torch.stack([given / 255, upper], dim=1), drawn], dim=1).flatten(0, 1), 8)
+    data = load(args.dataset, args.data_dir, size, device, args.workers, args.cache_gb, args.data_seed)
+    gaps, beside = frechet.neighbours(samples[:64], data, seen)               # (16, 1 + k, 3, S, S)
+    picture("neighbours", beside.flatten(0, 1), beside.shape[1])
+    result = {"nearest": gaps}
+    if args.frechet:
+        result["frechet"] = {"run": args.frechet, **frechet.beside_floor(judge, samples, data.test, seen, device)}
+    print("\n" + frechet.table(result) + "\n", flush=True)
+    keep("distances", ".json", (json.dumps(result, indent=1) + "\n").encode())
+    return result
 
 
 if __name__ == "__main__":

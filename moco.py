@@ -67,6 +67,11 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return torch.cat([super(SplitBatchNorm, self).forward(part) for part in x.chunk(self.groups)])
 
 
+def encoder(args):
+    """What is kept and probed, untrained: (N, 3, S, S) RGB in [0, 1] to (N, D). args: the settings of a run."""
+    return getattr(resnet, args.arch)(args.stem, args.width)
+
+
 class Encoder(nn.Module):
     """A ResNet and its head: "linear" (v1) or "mlp" (v2, one hidden layer)."""
 
@@ -188,7 +193,7 @@ def tenths(step, steps):
 # ---- arguments
 
 DEFAULTS = {  # of a data set or a dictionary, where they differ from those below
-    "shapes": dict(image_size=16, width=16, epochs=50, batch_size=128, crop_min=0.4, augmentation="v1", lr=0.2, tau=0.2,
+    "shapes": dict(image_size=16, width=16, epochs=40, batch_size=128, crop_min=0.4, augmentation="v1", lr=0.2, tau=0.2,
                    negatives=256, bn_groups=4),
     "stl10": dict(image_size=96),
     "fashionmnist": dict(image_size=28),
@@ -196,7 +201,7 @@ DEFAULTS = {  # of a data set or a dictionary, where they differ from those belo
                    weight_decay=1e-4, batch_size=256),
     "memory-bank": dict(bn_groups=1),                     # keys come from earlier batches: batch norm leaks nothing
     "shapes memory-bank": dict(negatives=0, tau=0.1, epochs=35),
-    "shapes end-to-end": dict(epochs=30),
+    "shapes end-to-end": dict(epochs=25),
 }
 
 
@@ -259,9 +264,9 @@ def main(argv=None):
 
     def new_model():
         torch.manual_seed(args.seed)
-        encoder = Encoder(args.arch, args.stem, args.width, args.head, max(1, args.bn_groups // world))
+        query = Encoder(args.arch, args.stem, args.width, args.head, max(1, args.bn_groups // world))
         entries = args.negatives if args.dictionary == "queue" else images
-        model = MoCo(encoder, args.dictionary, entries, args.m, args.bank_m)
+        model = MoCo(query, args.dictionary, entries, args.m, args.bank_m)
         model = distributed.sync_batch_norm(model, device) if args.bn_groups == 1 else model
         return model.to(device, memory_format=torch.channels_last)
 
@@ -315,7 +320,7 @@ def main(argv=None):
     if rank > 0:
         return {}
 
-    def encoder(model):
+    def judged(model):
         def encode(x):                                                        # uint8 (N, 3, S, S) to (N, feature_dim)
             with autocast:
                 return model.query.backbone((x.float() / 255).contiguous(memory_format=torch.channels_last))
@@ -325,7 +330,7 @@ def main(argv=None):
     x, rng = data.train.at(data.train.some(32)), augment.Random(args.seed)
     views = [view(x, rng, *recipe) for _ in range(2)]
     run.write("views.png", lambda path: pictures.rows(path, *views))
-    return run.finish(data, {"untrained": encoder(new_model()), "trained": encoder(model)}, device)
+    return run.finish(data, {"untrained": judged(new_model()), "trained": judged(model)}, device)
 
 
 if __name__ == "__main__":

@@ -46,13 +46,17 @@ def view(x, rng, size, crop_min, jitter, blur):
 # ---- model
 
 
+def encoder(args):
+    """What is kept and probed, untrained: (N, 3, S, S) RGB in [0, 1] to (N, D). args: the settings of a run."""
+    return getattr(resnet, args.arch)(args.stem, args.width)
+
+
 class SimCLR(nn.Module):
     """Encoder f and projection head g, an MLP with one hidden layer (section 2.1)."""
 
-    def __init__(self, arch, stem, width, projection_dim=128):
+    def __init__(self, encoder, projection_dim=128):
         super().__init__()
-        self.encoder = getattr(resnet, arch)(stem, width)
-        dim = self.encoder.feature_dim
+        self.encoder, dim = encoder, encoder.feature_dim
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(inplace=True), nn.Linear(dim, projection_dim))
 
     def forward(self, x):
@@ -164,7 +168,7 @@ def main(argv=None):
 
     def new_model():
         torch.manual_seed(args.seed)
-        model = SimCLR(args.arch, args.stem, args.width)
+        model = SimCLR(encoder(args))
         return distributed.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
 
     model = new_model()
@@ -211,7 +215,7 @@ def main(argv=None):
     if rank > 0:
         return {}
 
-    def encoder(model):
+    def judged(model):
         def encode(x):                                                        # uint8 (N, 3, S, S) to (N, feature_dim)
             with autocast:
                 return model.encoder((x.float() / 255).contiguous(memory_format=torch.channels_last))
@@ -221,7 +225,7 @@ def main(argv=None):
     x, rng = data.train.at(data.train.some(32)), augment.Random(args.seed)
     x1, x2 = (view(x, rng, *recipe) for _ in range(2))
     run.write("views.png", lambda path: pictures.rows(path, x1, x2))
-    return run.finish(data, {"untrained": encoder(new_model()), "trained": encoder(model)}, device)
+    return run.finish(data, {"untrained": judged(new_model()), "trained": judged(model)}, device)
 
 
 if __name__ == "__main__":

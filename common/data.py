@@ -18,7 +18,7 @@ from torchvision import datasets
 from common import shapes
 from common.cli import Refusal
 
-NAMES = ("shapes", "cifar10", "cifar100", "svhn", "stl10", "fashionmnist", "folder")
+NAMES = ("shapes", "patterns", "cifar10", "cifar100", "svhn", "stl10", "fashionmnist", "folder")
 HOMES = {
     "cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html",
     "cifar100": "https://www.cs.toronto.edu/~kriz/cifar.html",
@@ -112,16 +112,17 @@ def steps_per_epoch(n, batch_size, world=1):
 def load(name, data_dir, image_size, device, workers, cache_gb, seed=0):
     """The data set `name` (one of NAMES) as a Data of image_size x image_size images.
 
-    `shapes` trains on 2,000 images and probes with the labels of 500 of them, tested on 1,000: so few that neighbours
-    in pixels tell little.
+    `shapes` (and `patterns`) trains on 2,000 images and probes with the labels of 500 of them, tested on 1,000: so few
+    that neighbours in pixels tell little.
 
     data_dir: where downloads are kept, or the user's folder, or a list of aligned ones (`counterparts`), whose images
     come as 3 channels each. cache_gb: 10^9 bytes that may be kept on the device; a larger data set is streamed by
-    `workers` processes. seed: of `shapes`. Raises Refusal where images are missing or cannot be read.
+    `workers` processes. seed: of `shapes` and `patterns`. Raises Refusal where images are missing or cannot be read.
     """
-    if name == "shapes":
-        (x, y), test = shapes.draw(2000, image_size, 2 * seed), shapes.draw(1000, image_size, 2 * seed + 1)
-        parts, roots, classes, why = [(x, None), (x[:500], y[:500]), test], [], shapes.CLASSES, ""
+    if name in ("shapes", "patterns"):
+        classes = shapes.CLASSES if name == "shapes" else shapes.PATTERNS
+        (x, y), test = (shapes.draw(n, image_size, 2 * seed + i, classes) for i, n in enumerate((2000, 1000)))
+        parts, roots, why = [(x, None), (x[:500], y[:500]), test], [], ""
         parts = [(torch.from_numpy(pixels), labels) for pixels, labels in parts]
     else:
         to_pixels, roots = ToPixels(image_size), []

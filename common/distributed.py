@@ -40,7 +40,13 @@ def gather(x):
     The gradient of x sums what every process's loss asks of it. If each process computes the same loss of the whole
     batch, that is world times the gradient; DistributedDataParallel's mean over the processes divides it away.
     """
-    return torch.cat(dist_nn.all_gather(x)) if dist.is_initialized() else x
+    if not dist.is_initialized():
+        return x
+    parts = dist_nn.all_gather(x.contiguous())
+    for part in parts:
+        if part.requires_grad:                                                # gloo sends a transposed gradient as it lies
+            part.register_hook(lambda gradient: gradient.contiguous())
+    return torch.cat(parts)
 
 
 def first_alone(function, *args):

@@ -1,4 +1,7 @@
-"""What a frozen representation is worth: a linear probe and a kNN classifier on its features, beside honest floors."""
+"""What a frozen representation is worth: a linear probe and a kNN classifier on its features, beside honest floors.
+
+    python -m common.linear_probe RUN --labels 0.01 0.1 --finetune --ood patterns      # judges a run: evaluate.py
+"""
 import torch
 import torch.nn.functional as F
 
@@ -14,7 +17,11 @@ def linear_probe(train_x, train_y, test_x, test_y):
     L-BFGS, in float32.
     """
     train_x, test_x = standardised(train_x, test_x)
-    classes = int(torch.cat([train_y, test_y]).max()) + 1
+    return score(test_x, test_y, chosen_fit(train_x, train_y, int(torch.cat([train_y, test_y]).max()) + 1))
+
+
+def chosen_fit(train_x, train_y, classes):
+    """`fit` of standardised features with the L2 penalty that is best on a tenth of them, held out."""
     order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0)).to(train_x.device)
     held, kept = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10) :]
 
@@ -22,7 +29,7 @@ def linear_probe(train_x, train_y, test_x, test_y):
     for l2 in sorted(L2, reverse=True):                                       # from stiff to free: each warms the next
         weights = fit(train_x[kept], train_y[kept], classes, l2, weights)
         best = max(best, (score(train_x[held], train_y[held], weights), l2))
-    return score(test_x, test_y, fit(train_x, train_y, classes, best[1], weights))
+    return fit(train_x, train_y, classes, best[1], weights)
 
 
 def standardised(train_x, test_x):
@@ -38,8 +45,7 @@ def fit(x, y, classes, l2, start=None):
 
     def closure():
         optimizer.zero_grad()
-        logits = x @ weights[:-1] + weights[-1]                               # (N, classes)
-        loss = F.cross_entropy(logits, y) + l2 / 2 * weights[:-1].square().sum()
+        loss = F.cross_entropy(logits(x, weights), y) + l2 / 2 * weights[:-1].square().sum()
         loss.backward()
         return loss
 
@@ -48,18 +54,22 @@ def fit(x, y, classes, l2, start=None):
     return weights.detach()
 
 
+def logits(x, weights):
+    return x @ weights[:-1] + weights[-1]                                     # (N, classes)
+
+
 def score(x, y, weights):
-    return ((x @ weights[:-1] + weights[-1]).argmax(dim=1) == y).float().mean().item()
+    return (logits(x, weights).argmax(dim=1) == y).float().mean().item()
 
 
-def mlp(train_x, train_y, test_x, test_y, hidden=200, dropout=0.1, batch_size=256, lr=1e-3):
+def mlp(train_x, train_y, test_x, test_y, hidden=200, dropout=0.1, batch_size=256, lr=3e-3, steps=200):
     """Test accuracy in [0, 1] of a classifier with one hidden layer, as Hjelm et al. (1808.06670) judge theirs.
 
-    Shapes and standardisation as in `linear_probe`. Adam, the rate falling to 0 by a cosine; 20 passes, 200 steps at
+    Shapes and standardisation as in `linear_probe`. Adam, the rate falling to 0 by a cosine; 20 passes, `steps` at
     least.
     """
     train_x, test_x = standardised(train_x, test_x)
-    classes, steps = int(torch.cat([train_y, test_y]).max()) + 1, max(200, 20 * len(train_x) // batch_size)
+    classes, steps = int(torch.cat([train_y, test_y]).max()) + 1, max(steps, 20 * len(train_x) // batch_size)
     with torch.enable_grad(), torch.random.fork_rng(devices=[train_x.device] if train_x.is_cuda else []):
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(train_x.shape[1], hidden), torch.nn.ReLU(),
@@ -158,3 +168,8 @@ def table(results, method):
     lines += [f"{title(row):26}" + "".join(f"{100 * accuracies[row]:8.1f}" for accuracies in results.values())
               for row in next(iter(results.values()))]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from common import cli, evaluate
+    cli.program(evaluate.main)

@@ -113,6 +113,10 @@ class ResNet(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))             # (N, feature_dim, H / 8, W / 8) | / 32
         return x.mean(dim=(2, 3))                                             # (N, feature_dim)
 
+    def stages(self):
+        """The modules of the stem and of the four stages, first to last, as lists."""
+        return [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
+
 
 def resnet18(stem="cifar", width=64, in_channels=3, norm_layer=nn.BatchNorm2d):
     return ResNet(BasicBlock, (2, 2, 2, 2), stem, width, in_channels, norm_layer)

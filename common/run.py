@@ -83,20 +83,8 @@ class Run:
             "numpy": np.__version__, "threads": torch.get_num_threads()})
 
     def write(self, name, write):
-        """Calls write(path) for a file beside `name` and puts that in its place at once: a kill leaves a whole file."""
         if self.rank == 0:
-            part = self.folder / f".{name}.part"
-            try:
-                write(part)
-            except BaseException:
-                part.unlink(missing_ok=True)
-                raise
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(part, self.folder / name)
-            directory = os.open(self.folder, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
+            write_file(self.folder / name, write)
 
     def write_json(self, name, value):
         self.write(name, lambda path: path.write_text(json.dumps(value, indent=1) + "\n"))
@@ -199,6 +187,22 @@ class Run:
         self.save(epoch, step)
         self.say(f"\nstopped and saved at step {step} of epoch {epoch + 1}; go on with --resume {self.folder}")
         sys.exit(128 + (self.signal or signal.SIGTERM))
+
+
+def write_file(path, write):
+    """Calls write(part) for a file beside `path` and puts that in its place at once: a kill leaves a whole file."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
 
 
 def free_folder(method, settings):

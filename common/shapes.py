@@ -1,4 +1,5 @@
-"""`shapes`: coloured images drawn from a seed, so that every script has something to train on without a download.
+"""`shapes`: coloured images drawn from a seed, so that every script has something to train on without a download, and
+`patterns`, alike but for what is drawn, as strange images beside them.
 
 Ten classes of light shape on a dark ground, of varying colour, size, place, rotation, lighting and noise, all drawn
 independently of the class: neither colour nor any single pixel gives it away. Only operations that IEEE 754 defines
@@ -7,6 +8,7 @@ exactly are used (no sines, no normal deviates), so the bytes are the same on ev
 import numpy as np
 
 CLASSES = ("bar", "corner", "crescent", "cross", "disc", "frame", "ring", "square", "star", "triangle")
+PATTERNS = ("checks", "dots", "ripples", "stripes")
 
 
 def box(u, v, half_u, half_v, centre_u=0.0, centre_v=0.0):
@@ -40,19 +42,27 @@ def distance(shape, u, v):
         return np.abs(disc(u, v, 0.7)) - 0.18
     if shape == "square":
         return box(u, v, 0.72, 0.72)
+    if shape == "checks":
+        return 4 * (np.abs(u % 1 - 0.5) - 0.25) * (np.abs(v % 1 - 0.5) - 0.25)
+    if shape == "dots":
+        return disc(u % 1 - 0.5, v % 1 - 0.5, 0.3)
+    if shape == "ripples":
+        return np.abs(disc(u, v, 0.0) % 0.8 - 0.4) - 0.2
+    if shape == "stripes":
+        return np.abs(u % 1 - 0.5) - 0.25
     if shape == "star":  # two triangles
         return np.minimum(triangle(u, v), triangle(u, -v))
     return triangle(u, v)
 
 
-def draw(n, image_size, seed):
-    """Draws n images, n // 10 or one more of each class, in random order.
+def draw(n, image_size, seed, classes=CLASSES):
+    """Draws n images, as many or one more of each class, in random order.
 
-    image_size: side in pixels, at least 8.
-    Returns (n, 3, image_size, image_size) uint8 and (n,) int64 labels, indices into CLASSES.
+    image_size: side in pixels, at least 8. classes: CLASSES, or PATTERNS, which fill the image.
+    Returns (n, 3, image_size, image_size) uint8 and (n,) int64 labels, indices into classes.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
-    labels = np.arange(n)[np.argsort(rng.random(n), kind="stable")] % len(CLASSES)
+    labels = np.arange(n)[np.argsort(rng.random(n), kind="stable")] % len(classes)
     images = np.empty((n, 3, image_size, image_size), np.uint8)
     pixel = (np.arange(image_size) + 0.5) / image_size * 2 - 1                # centres, in [-1, 1]
     for i, label in enumerate(labels):
@@ -64,7 +74,7 @@ def draw(n, image_size, seed):
         cos = 1 / np.sqrt(1 + tilt**2)
         sin = tilt * cos
         x, y = (pixel[None, :] - x0) / radius, (pixel[:, None] - y0) / radius
-        d = distance(CLASSES[label], cos * x + sin * y, cos * y - sin * x)    # (H, W)
+        d = distance(classes[label], cos * x + sin * y, cos * y - sin * x)    # (H, W)
         cover = np.clip(0.5 - d * radius * image_size / 2, 0, 1)              # antialiased over one pixel
         image = ground[:, None, None] + cover * (figure - ground)[:, None, None]              # (3, H, W)
         slope = 0.3 * (rng.random(2) - 0.5)

@@ -49,7 +49,7 @@ def show(text, value, goal=""):
 
 def bench_simclr(device, autocast, n, repeats, width):
     x = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, device=device)
-    model = simclr.SimCLR("resnet18", "cifar", width).to(device, memory_format=torch.channels_last)
+    model = simclr.SimCLR(resnet.resnet18("cifar", width)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     rng = augment.Random(0)
     both = torch.rand(2 * n, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)

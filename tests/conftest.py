@@ -31,6 +31,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def short_mlp():
+    """In whole runs the MLP of DIM's seven rows would take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(linear_probe.MEASURES, "mlp", functools.partial(linear_probe.mlp, steps=3))
+        yield
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """40 training and 10 test images in two classes, one redder than the other: a folder for --data-dir."""

@@ -167,8 +167,9 @@ def test_mosaic_shows_every_patch():
     assert torch.equal(picture[:, :, 5:9, 10:14], patches[:, 1, 2])
 
 
-@pytest.mark.parametrize("flags, named", [("--patch 9", "--patch"), ("--patch 64", "--patch"), ("--stride 5", "--stride"),
-                                          ("--steps 1", "--steps"), ("--steps 7 --dataset cifar10", "--steps")])
+@pytest.mark.parametrize("flags, named", [
+    ("--patch 9", "--patch"), ("--patch 64", "--patch"), ("--stride 5", "--stride"), ("--steps 1", "--steps"),
+    ("--steps 7 --dataset cifar10", "--steps")])
 def test_grids_that_cannot_be(flags, named):
     with pytest.raises(Refusal, match=named):
         cpc.arguments(flags.split())

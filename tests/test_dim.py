@@ -145,7 +145,7 @@ def test_loss_is_the_weighted_sum(views, estimator, critic):
     model = new_dim(views, estimator=estimator, critic=critic)
     x, uniform = torch.rand(views * 4, 3, 16, 16), torch.rand(views * 4, 6)
     h, terms = model(x, uniform)
-    out = model.encoder(x)                                                    # the same batch statistics
+    out = model.encoder.layers(x)                                             # the same batch statistics
     assert torch.allclose(h, out["fc"])
     y, local = out["Y"].chunk(views), out["local"].chunk(views)
     wide, narrow = [], []
@@ -166,7 +166,7 @@ def test_the_adversary_descends_where_the_encoder_ascends():
     x, uniform = torch.rand(4, 3, 16, 16), torch.rand(4, 6)
     term, = model(x, uniform)[1]
     ours = torch.autograd.grad(term, [model.encoder.y.weight, model.prior[0].weight])
-    real, fake = model.prior(uniform), model.prior(model.encoder(x)["Y"].sigmoid())
+    real, fake = model.prior(uniform), model.prior(model.encoder.layers(x)["Y"].sigmoid())
     plain = F.softplus(-real).mean() + F.softplus(fake).mean()
     true = torch.autograd.grad(plain, [model.encoder.y.weight, model.prior[0].weight])
     assert torch.allclose(ours[0], -0.3 * true[0], atol=1e-7) and torch.allclose(ours[1], true[1], atol=1e-7)
@@ -177,14 +177,14 @@ def test_the_adversary_descends_where_the_encoder_ascends():
                                               ("resnet18", "imagenet", 64), ("resnet18", "cifar", 20)])
 def test_encoder_has_the_sizes_it_says(arch, stem, size):
     encoder = dim.Encoder(arch, stem, 4, size)
-    out = encoder(torch.rand(2, 3, size, size))
+    out = encoder.layers(torch.rand(2, 3, size, size))
     assert out["local"].flatten(2).shape == (2, encoder.local_dim, encoder.places)
     assert out["conv"].shape == (2, encoder.conv_dim) and out["fc"].shape == (2, 64) and out["Y"].shape == (2, 64)
 
 
 def test_the_papers_encoder_at_32_pixels():
     """Local 128 x 8 x 8, conv 256 x 4 x 4, fc 1024, Y 64."""
-    out = dim.Encoder("conv", "cifar", 64, 32)(torch.rand(2, 3, 32, 32))
+    out = dim.Encoder("conv", "cifar", 64, 32).layers(torch.rand(2, 3, 32, 32))
     assert out["local"].shape[1:] == (128, 8, 8)
     assert [out[name].shape[1] for name in ("conv", "fc", "Y")] == [256 * 4 * 4, 1024, 64]
 
@@ -198,7 +198,7 @@ def test_maps_and_what_their_places_see(size):
     torch.manual_seed(0)
     encoder = dim.MultiscaleEncoder(size, 4, 8, 2).eval()
     x = torch.rand(1, 3, size, size, requires_grad=True)
-    maps = encoder(x)
+    maps = encoder.layers(x)
     assert {s: tuple(m.shape[1:]) for s, m in maps.items()} == {7: (16, 7, 7), 5: (16, 5, 5), 1: (8,)}
     for scale, share in ((7, 4), (5, 2)):
         seen = torch.autograd.grad(maps[scale][0, :, 2, 2].sum(), x, retain_graph=True)[0][0].abs().sum(0) > 0
@@ -217,7 +217,7 @@ def test_multiscale_loss_is_its_six_tasks():
     model = dim.AMDIM(dim.MultiscaleEncoder(32, 4, 8, 1), 4, clip=2.0, penalty=0.05)
     x, place, n = 3 * torch.rand(6, 3, 32, 32), torch.tensor([3, 24, 0]), 3
     h, (loss, penalty) = model(x, place)
-    maps = model.encoder(x)                                                   # the same batch statistics
+    maps = model.encoder.layers(x)                                            # the same batch statistics
     assert torch.allclose(h, maps[1])
     vectors = {s: model.embeddings[str(s)](maps[s]).flatten(2).mT.double() for s in (5, 7)}
     total, squares = 0.0, 0.0
@@ -254,8 +254,9 @@ def test_views():
 
 
 @pytest.mark.parametrize("flags, named", [
-    ("--objective multiscale --image-size 48", "--image-size"), ("--objective multiscale --image-size 96", "--image-size"),
-    ("--objective multiscale --views 1", "--views"), ("--alpha 0 --beta 0", "--alpha"), ("--image-size 20", "--image-size")])
+    ("--objective multiscale --image-size 48", "--image-size"), ("--objective multiscale --views 1", "--views"),
+    ("--objective multiscale --image-size 96", "--image-size"), ("--alpha 0 --beta 0", "--alpha"),
+    ("--image-size 20", "--image-size")])
 def test_flags_that_cannot_be(flags, named):
     with pytest.raises(Refusal, match=named):
         dim.arguments(flags.split())

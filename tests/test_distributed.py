@@ -33,6 +33,15 @@ draw = shapes.draw
 shapes.draw = lambda n, *rest: draw(n // 5, *rest)
 for script, argv in json.loads(sys.argv[2]):
     importlib.import_module(script).main(argv)
+
+import torch
+from common import distributed
+rank, world = distributed.place()
+x = torch.arange(12.0).view(2, 3, 2) + 12 * rank
+x.requires_grad_()
+weights = torch.arange(24.0).view(4, 2, 3) ** 2
+(distributed.gather(x).transpose(1, 2) * weights).sum().backward()
+torch.save(x.grad, f"gradient{rank}")
 """
 
 
@@ -60,6 +69,13 @@ def two(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_gradient_of_gather(two, rank):
+    """What both processes' losses ask of a process's part, also where it arrives transposed."""
+    weights = torch.arange(24.0).view(4, 2, 3) ** 2
+    assert torch.equal(torch.load(two / f"gradient{rank}"), 2 * weights.transpose(1, 2)[2 * rank : 2 * rank + 2])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -19,7 +19,7 @@ import dim
 import gcrl
 import moco
 import simclr
-from common import cli
+from common import cli, resnet
 from common.cli import Refusal
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,7 @@ def test_encoder_is_the_checkpoints(script, finished):
     encoder = torch.load(folder / "encoder.pt", weights_only=True)
     model = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
     if script is not gcrl:
-        prefix = {"moco": "query.backbone.", "cpc": "encoder.net."}.get(script.__name__, "encoder.")
+        prefix = {"moco": "query.backbone."}.get(script.__name__, "encoder.")
         model = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
         assert encoder.keys() == model.keys()
     else:
@@ -114,7 +114,7 @@ def test_training_moves_every_weight(script, finished):
     """The trained model differs from the untrained one of the same seed in every parameter."""
     run = finished(script)
     torch.manual_seed(0)
-    model = {"simclr": lambda: simclr.SimCLR("resnet18", "cifar", 4), "gcrl": lambda: gcrl.GCRL(4, 8, 8, 1, 1, 2),
+    model = {"simclr": lambda: simclr.SimCLR(resnet.resnet18("cifar", 4)), "gcrl": lambda: gcrl.GCRL(4, 8, 8, 1, 1, 2),
              "moco": lambda: moco.MoCo(moco.Encoder("resnet18", "cifar", 4, "mlp", 2), "queue", 12),
              "cmc": lambda: cmc.CMC(cmc.Encoder("lab", "resnet18", "cifar", 4), 40),
              "cpc": lambda: cpc.CPC(cpc.Encoder("resnet18", "cifar", 4, "layer", 4, 2), 4, [2], 8),
@@ -352,8 +352,9 @@ def test_beta_zero(tiny, here, monkeypatch):
     (moco, "--negatives 7"), (moco, "--negatives 5 --symmetric"), (cmc, "--views rgb --graph core --jitter 0.5"),
     (cmc, "--contrast nce"), (cmc, "--views ycbcr --contrast nce --negatives 0"), (moco, "--amp bf16"),
     (cmc, "--amp bf16"), (cmc, "--dictionary end-to-end"), (cmc, "--dictionary end-to-end --contrast nce"),
-    (cpc, "--directions 1 --norm batch --augmentation v1"), (cpc, "--norm none --amp bf16"), (dim, "--objective global"),
-    (dim, "--objective both --critic concat --estimator dv --views 2"), (dim, "--estimator infonce --gamma 0"),
+    (cpc, "--directions 1 --norm batch --augmentation v1"), (cpc, "--norm none --amp bf16"),
+    (dim, "--objective global"), (dim, "--objective both --critic concat --estimator dv --views 2"),
+    (dim, "--estimator infonce --gamma 0"),
     (dim, "--arch resnet18 --stem cifar --amp bf16"),
     (dim, "--objective multiscale --image-size 32 --units 8 --depth 2 --batch-size 8")],
     ids=lambda value: getattr(value, "__name__", value))

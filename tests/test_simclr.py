@@ -6,6 +6,7 @@ import torch
 
 import gcrl
 import simclr
+from common import resnet
 
 
 def oracle(z1, z2, tau):
@@ -70,7 +71,7 @@ def test_lars_is_its_formula():
 
 
 def test_biases_and_batch_norm_are_excluded():
-    model = simclr.SimCLR("resnet18", "cifar", 4)
+    model = simclr.SimCLR(resnet.resnet18("cifar", 4))
     decayed, excluded = simclr.parameter_groups(model, 0.1)
     names = {id(p): name for name, p in model.named_parameters()}
     assert all("bn" not in names[id(p)] and "bias" not in names[id(p)] for p in decayed["params"])

@@ -1,0 +1,56 @@
+"""The encoder of a finished run, whichever script made it."""
+import importlib
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from common.cli import Refusal
+
+
+def settings(folder, method=None):
+    """(method, settings as a Namespace) of the run in `folder`. method: the only one that will do, where there is one.
+
+    Raises Refusal where there is no such run.
+    """
+    try:
+        told = json.loads((Path(folder) / "args.json").read_text())
+        found, args = told["method"], Namespace(**told["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Refusal(f"{folder}: no run there, {Path(folder) / 'args.json'} is missing or damaged") from None
+    if method not in (None, found):
+        raise Refusal(f"{folder} is a run of {found}.py, not of {method}.py")
+    return found, args
+
+
+def weights(folder, name):
+    """What torch saved as `name` in the run's folder, on the CPU. Raises Refusal where it is missing or damaged."""
+    path = Path(folder) / name
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Refusal(f"{path} is missing: that run has not come to its end, go on with --resume {folder}") from None
+    except Exception as error:                                                # zip and pickle errors of all sorts
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise Refusal(f"{path} cannot be read ({reason}): train that run again") from None
+
+
+def load(folder, device, trained=True):
+    """(settings, module) of the run: the module takes RGB (N, 3, S, S) in [0, 1], S = settings.image_size, to features
+    (N, D), in eval mode. trained=False: as it was before training (GCRL's palette, which is data, is there either way).
+
+    The script of the method, beside common/, is imported by the name that the run's args.json has.
+    """
+    method, args = settings(folder)
+    state = weights(folder, "encoder.pt")
+    torch.manual_seed(args.seed)
+    module = importlib.import_module(method).encoder(args)
+    if not trained:
+        state = {**module.state_dict(), **{name: state[name] for name in ("palette", "first_pixel") if name in state}}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise Refusal(f"{folder}/encoder.pt is not of that run's encoder ({str(error).splitlines()[0]}): it was made "
+                      f"by another version of {method}.py") from None
+    return args, module.to(device, memory_format=torch.channels_last).eval()

@@ -1,0 +1,240 @@
+"""What a finished run is worth beside its own probe: few labels, transfer, fine-tuning, strange images, depth.
+
+    python -m common.linear_probe RUN                                  # linear probe and kNN, on the run's own data set
+    python -m common.linear_probe RUN --dataset cifar100               # on another: transfer
+    python -m common.linear_probe RUN --labels 0.01 0.1 --finetune     # with few labels, frozen and fine-tuned
+    python -m common.linear_probe RUN --ood patterns DIR               # telling what is not of the data set
+
+Any run of any script. What is found is printed and added to RUN/evaluation.json, by data set.
+"""
+import copy
+import importlib
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from common import cli, encoders, linear_probe, ood, pictures
+from common.cli import Refusal
+from common.data import NAMES, load
+from common.finetune import balanced, finetune
+from common.run import write_file
+
+
+def arguments(argv):
+    parser = cli.Parser(prog="python -m common.linear_probe", description="Judges a finished run of any script.")
+    add = parser.add_argument
+    add("run", metavar="RUN", help="folder of a finished run")
+    add("--dataset", choices=NAMES, default=None, help="what to judge it on; by default what it was trained on")
+    add("--data-dir", default=None, metavar="DIR", help="folder of downloads or of your images; by default the run's")
+    add("--labels", nargs="+", type=cli.number(float, 0, high=1), default=[], metavar="SHARE",
+        help="probe with these shares of the labels, too, e.g. 0.01 0.1")
+    add("--draws", type=cli.count, default=5, help="draws of labels for each share")
+    add("--finetune", action="store_true", help="fine-tune the encoder on the labels, beside the same from scratch")
+    add("--frozen-stages", type=cli.count_or_zero, default=0, help="first stages that --finetune leaves as they are")
+    add("--steps", type=cli.count, default=500, help="steps of --finetune, 64 images each")
+    add("--ood", nargs="+", default=[], metavar="D", help="data sets, or folders of images, to tell from the run's own")
+    add("--blocks", action="store_true", help="a linear probe on each block of a GCRL, and its picture blocks.png")
+    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision, as in training")
+    add("--workers", type=cli.count_or_zero, default=cli.cores(), help="processes that decode images")
+    add("--cache-gb", type=cli.nonnegative, default=8.0, help="GB of decoded images kept on the device")
+    return parser.parse_args(sys.argv[1:] if argv is None else [str(a) for a in argv])
+
+
+def main(argv=None):
+    """Prints the tables and returns what RUN/evaluation.json has for the data set."""
+    args = arguments(argv)
+    device = cli.pick_device(args.device)
+    amp = cli.pick_amp(args.amp, device)
+    autocast = torch.autocast(device.type, amp, enabled=amp is not None)
+    method, settings = encoders.settings(args.run)
+    _, module = encoders.load(args.run, device)
+    _, untrained = encoders.load(args.run, device, trained=False)
+    if args.frozen_stages > len(module.stages()):
+        raise Refusal(f"--frozen-stages {args.frozen_stages} is more than the encoder has, {len(module.stages())}")
+    if args.blocks and method != "gcrl":
+        raise Refusal(f"--blocks is for runs of gcrl.py, {args.run} is one of {method}.py")
+
+    def open_data(name, folder):
+        return load(name, folder, settings.image_size, device, args.workers, args.cache_gb, settings.seed)
+
+    name = args.dataset or settings.dataset
+    own_folder = (getattr(settings, "views_dir", None) or settings.data_dir) if name == settings.dataset else "data"
+    data = open_data(name, args.data_dir or own_folder)
+    outside = {}
+    for other in args.ood:
+        try:
+            strange = open_data(other, args.data_dir or "data") if other in NAMES[:-1] else open_data("folder", other)
+        except Refusal as refusal:
+            raise Refusal(f"--ood {other}: {refusal}") from None
+        outside[other] = strange.test or strange.train
+    if not data.labelled and (args.labels or args.finetune or not (args.ood or args.blocks)):
+        raise Refusal(f"there is nothing to judge the classes by: {data.unlabelled}; --ood needs no labels")
+
+    def encode(module):
+        def call(x):                                                          # uint8 (N, C, S, S) to (N, D)
+            with autocast, torch.no_grad():
+                return module(x.float() / 255)
+        return call
+
+    path, found = Path(args.run) / "evaluation.json", {}
+    if path.exists():
+        found = json.loads(path.read_text())
+    result = found.setdefault(name, {})
+
+    def keep(**more):
+        result.update(more)
+        write_file(path, lambda part: part.write_text(json.dumps(found) + "\n"))
+
+    x = {}
+    if data.labelled:
+        rows = {"untrained": (encode(untrained), untrained), "trained": (encode(module), module)}
+        accuracies, x = linear_probe.evaluate(data, rows)
+        print(f"{args.run} on {name}\n\n{linear_probe.table(accuracies, method)}", flush=True)
+        keep(**accuracies)
+    if args.labels:
+        keep(labels=few_labels(data, x, args.labels, args.draws))
+    if args.finetune:
+        keep(finetune=fine_tuned(data, module, untrained, args, autocast))
+    if outside:
+        likelihood = gcrl_likelihood(args.run, device, autocast) if method == "gcrl" and settings.alpha > 0 else None
+        keep(ood=strangers(data, x.get("trained"), (encode(module), module), outside, likelihood))
+    if args.blocks:
+        keep(blocks=by_block(data, args.run, device, autocast))
+    print(f"\nsaved in {path}")
+    return result
+
+
+# ---- few labels
+
+
+def mean_and_deviation(values):
+    return {"mean": statistics.mean(values), "deviation": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def few_labels(data, x, shares, draws):
+    """{share: {row: mean and deviation of the probe's accuracy over the draws, "draws": the indices}}, printed."""
+    print(f"\n{'linear probe, share of labels':34}{'images':>8}" + "".join(f"{row:>16}" for row in x))
+    results = {}
+    for share in shares:
+        drawn = [balanced(data.labelled.labels, share, seed) for seed in range(draws)]
+        accuracy = {row: mean_and_deviation([
+            linear_probe.linear_probe(train_x[index], data.labelled.labels[index], test_x, data.test.labels)
+            for index in (d.to(train_x.device) for d in drawn)]) for row, (train_x, test_x) in x.items()}
+        print(f"{f'{100 * share:g} %, {draws} draws':34}{len(drawn[0]):8}" + "".join(map(shown, accuracy.values())))
+        results[str(share)] = {**accuracy, "draws": [index.tolist() for index in drawn]}
+    return results
+
+
+def shown(accuracy):
+    return f"{100 * accuracy['mean']:9.1f} +- {100 * accuracy['deviation']:3.1f}"
+
+
+def fine_tuned(data, module, untrained, args, autocast):
+    """{share: {"finetuned", "scratch": mean and deviation, "draws"}}: of --labels, or once of all labels; printed."""
+    stages = module.stages()
+    weights = [sum(p.numel() for part in stage for p in ([part] if torch.is_tensor(part) else part.parameters()))
+               for stage in stages]
+    print(f"\nfine-tuned, {args.frozen_stages} of {len(stages)} stages frozen "
+          f"({100 * sum(weights[: args.frozen_stages]) / sum(weights):.0f} % of the weights), beside the same network "
+          f"trained from scratch")
+    print(f"{'':34}{'images':>8}{'fine-tuned':>16}{'from scratch':>16}")
+    results = {}
+    for share in args.labels or [1.0]:
+        drawn = [balanced(data.labelled.labels, share, seed) for seed in range(args.draws if share < 1 else 1)]
+        accuracy = {row: mean_and_deviation([
+            finetune(copy.deepcopy(start), data.labelled, index, data.test, frozen, autocast, args.steps, seed=seed)
+            for seed, index in enumerate(drawn)])
+            for row, start, frozen in (("finetuned", module, args.frozen_stages), ("scratch", untrained, 0))}
+        print(f"{f'{100 * share:g} %, draws {len(drawn)}':34}{len(drawn[0]):8}" +
+              "".join(map(shown, accuracy.values())), flush=True)
+        results[str(share)] = {**accuracy, "frozen_stages": args.frozen_stages, "steps": args.steps,
+                               "draws": [index.tolist() for index in drawn] if share < 1 else None}
+    return results
+
+
+# ---- strange images
+
+
+def strangers(data, labelled_x, encoder, outside, likelihood):
+    """{outside: {score: {"auroc", "aupr", "fpr95"}}} of the data set's own test images against each outside, printed.
+
+    labelled_x: features of the labelled and of the test images, or None without labels. encoder: (encode, module).
+    likelihood: None, or a function of uint8 images that gives log p in nats.
+    """
+    encode, module = encoder
+    inside = data.test or data.train
+    train_x = linear_probe.features(encode, data.train, module)
+
+    def scores(images):
+        """{name: (N,)}, higher for stranger images."""
+        x, found = linear_probe.features(encode, images, module), {}
+        if labelled_x:
+            probe_x, y = labelled_x[0], data.labelled.labels
+            standard_x, standard = linear_probe.standardised(probe_x, x)
+            weights = linear_probe.chosen_fit(standard_x, y, int(y.max()) + 1)
+            found["probability, of the probe"] = ood.uncertainty(linear_probe.logits(standard, weights))
+            found["Mahalanobis, of class means"] = ood.mahalanobis(probe_x, x, y)
+        found["Mahalanobis, no labels"] = ood.mahalanobis(train_x, x)
+        found["kNN distance, no labels"] = ood.knn_distance(train_x, x)
+        if likelihood:
+            nats = -linear_probe.features(likelihood, images, batch_size=128).double().cpu()
+            bits = linear_probe.features(lambda batch: ood.complexity(batch)[:, None], images)[:, 0].cpu()
+            found["likelihood, no labels"] = nats
+            found["likelihood less complexity"] = nats / math.log(2) - bits
+        return {name: score.cpu() for name, score in found.items()}
+    own, results = scores(inside), {}
+    for name, images in outside.items():
+        theirs, results[name] = scores(images), {}
+        print(f"\n{'strange: ' + name:34}{'AUROC':>8}{'AUPR':>8}{'FPR95':>8}")
+        for score in own:
+            measures = {"auroc": ood.auroc, "aupr": ood.aupr, "fpr95": ood.fpr}
+            results[name][score] = {key: measure(own[score], theirs[score]) for key, measure in measures.items()}
+            print(f"{score:34}" + "".join(f"{100 * value:8.1f}" for value in results[name][score].values()), flush=True)
+    return results
+
+
+# ---- GCRL: likelihood, and features by depth
+
+
+def gcrl_likelihood(folder, device, autocast):
+    """A function of uint8 (N, 3, S, S) that gives log p of their tokens but the first, nats: (N,)."""
+    script = importlib.import_module("gcrl")
+    model = script.trained(folder, device)
+
+    @torch.no_grad()
+    def log_prob(x):
+        with autocast:
+            return model.log_prob(script.quantise(x, model.palette))
+    return log_prob
+
+
+def by_block(data, folder, device, autocast):
+    """{block: accuracy} of linear probes on the mean over the positions of each block's output (iGPT, section 4.1: the
+    best is in the middle), printed and drawn as blocks.png."""
+    script = importlib.import_module("gcrl")
+    model = script.trained(folder, device)
+    blocks = {"embedding": model.embedding}
+    blocks |= {f"encoder {i + 1}, {block.axis}": block for i, block in enumerate(model.encoder)}
+    blocks |= {f"decoder {i + 1}": block for i, block in enumerate(model.decoder)}
+    seen = {}
+    for name, block in blocks.items():
+        block.register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out.float().mean(dim=(1, 2))))
+
+    @torch.no_grad()
+    def encode(x):
+        with autocast:
+            model.logits(script.quantise(x, model.palette))
+        return torch.cat(list(seen.values()), dim=1)                          # (N, blocks C)
+    train_x, test_x = (linear_probe.features(encode, images, batch_size=128).split(model.embedding.embedding_dim, dim=1)
+                       for images in (data.labelled, data.test))
+    accuracy = {name: linear_probe.linear_probe(a, data.labelled.labels, b, data.test.labels)
+                for name, a, b in zip(seen, train_x, test_x)}
+    print(f"\n{'linear probe by depth':34}")
+    print("\n".join(f"{name:34}{100 * value:8.1f}" for name, value in accuracy.items()), flush=True)
+    write_file(Path(folder) / "blocks.png", lambda part: pictures.curve(part, accuracy))
+    return accuracy

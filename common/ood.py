@@ -1,0 +1,88 @@
+"""Out-of-distribution detection: how strange an image is, by its features or its likelihood, and how well that tells.
+
+Scores are higher for stranger images. Detection is judged with the outside as the positive class, as Hendrycks et al.
+2018 (1812.04606) do.
+"""
+import io
+
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.functional import to_pil_image
+
+# ---- how well scores (N,) of inside and (M,) of outside images tell them apart; equal scores are one threshold
+
+
+def auroc(inside, outside):
+    """Area under the ROC curve: the share of pairs in which the outside image scores higher; equal ones count half."""
+    ordered = inside.double().sort().values
+    below, up_to = (torch.searchsorted(ordered, outside.double(), right=right) for right in (False, True))
+    return (below + up_to).double().mean().item() / 2 / len(inside)
+
+
+def flagged(inside, outside):
+    """Of each threshold from the highest score down: outside images at or above it, and all images at or above it."""
+    scores = torch.cat([inside, outside]).double()
+    thresholds = scores.unique().flip(0)
+    caught, every = (len(x) - torch.searchsorted(x.double().sort().values, thresholds) for x in (outside, scores))
+    return caught.double(), every.double()
+
+
+def aupr(inside, outside):
+    """Area under the precision-recall curve, as average precision: sum over thresholds of precision x recall gained."""
+    caught, every = flagged(inside, outside)
+    gained = caught.diff(prepend=caught.new_zeros(1)) / len(outside)
+    return (caught / every * gained).sum().item()
+
+
+def fpr(inside, outside, tpr=0.95):
+    """The least share of inside images that is flagged where at least `tpr` of the outside ones are."""
+    caught, every = flagged(inside, outside)
+    first = (caught >= tpr * len(outside)).int().argmax()
+    return ((every - caught)[first] / len(inside)).item()
+
+
+# ---- scores by features: (M,) of x (M, D)
+
+
+def uncertainty(logits):
+    """1 - the greatest probability, of a classifier's logits (M, classes). Hendrycks & Gimpel 2016 (1610.02136)."""
+    return 1 - logits.double().softmax(dim=1).max(dim=1).values
+
+
+def mahalanobis(train_x, x, train_y=None):
+    """Squared Mahalanobis distance of x (M, D) to the nearest class mean of train_x (N, D), by the covariance within
+    the classes train_y (N,); without labels to the mean of all, by the covariance of all. Lee et al. 2018 (1807.03888).
+
+    In float64. Directions in which train_x hardly varies (below 1e-6 of the mean variance) count as if it varied so
+    much: fewer images than dimensions have a singular covariance.
+    """
+    train_x, x = train_x.double(), x.double()
+    train_y = torch.zeros(len(train_x), dtype=torch.int64, device=x.device) if train_y is None else train_y
+    classes, label = train_y.unique(return_inverse=True)
+    means = torch.stack([train_x[label == c].mean(dim=0) for c in range(len(classes))])       # (classes, D)
+    centred = train_x - means[label]
+    variance, axes = torch.linalg.eigh(centred.T @ centred / len(train_x))
+    whiten = axes / variance.clamp(min=1e-6 * variance.mean().clamp(min=1e-12)).sqrt()        # (D, D)
+    return torch.cdist(x @ whiten, means @ whiten, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1).values ** 2
+
+
+def knn_distance(train_x, x, k=50):
+    """Euclidean distance of x / |x| (M, D) to the k-th nearest of train_x / |train_x| (N, D), k cut to N. Sun et al.
+    2022 (2204.06507)."""
+    train_x, x = F.normalize(train_x.float(), dim=1), F.normalize(x.float(), dim=1)
+    k = min(k, len(train_x))
+    nearest = torch.cat([(batch @ train_x.T).topk(k, dim=1).values[:, -1] for batch in x.split(1000)])
+    return (2 - 2 * nearest).clamp(min=0).sqrt()
+
+
+# ---- scores by likelihood
+
+
+def complexity(images):
+    """Bits of each image uint8 (M, 3, H, W) as a PNG: (M,) float64. Serra et al. 2019 (1909.11480) take such a length
+    for the image's complexity, and -log2 p(x) less it for how strange the image is."""
+    def bits(image):
+        file = io.BytesIO()
+        to_pil_image(image).save(file, "PNG", optimize=True)
+        return 8 * file.tell()
+    return torch.tensor([bits(image) for image in images.cpu()], dtype=torch.float64)

@@ -1,0 +1,171 @@
+"""The README's tables of results:   python tests/results.py --budget gpu [--data-dir DIR] [--seeds 1] [--jobs 1]
+
+Trains and judges every row, one after the other or --jobs at a time, in --out; what is there is not done again, and
+what was stopped goes on. Writes --out/table.md. With --data-dir the images are a folder's, else CIFAR-10 is downloaded.
+"""
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BUDGETS = {  # image size, epochs, batch size; width of the ResNets; then those of GCRL, and its width
+    "cpu": dict(ours=(16, 2, 128), width=8, gcrl=(12, 2, 64), gcrl_width=64, gcrl_flags="--encoder-layers 1 "
+                "--decoder-layers 1 --heads 4 --colours 64 --lr 0.003 --crop-min 0.3", samples=500),
+    "gpu": dict(ours=(32, 100, 512), width=64, gcrl=(32, 100, 256), gcrl_width=256, gcrl_flags="", samples=5000),
+    "gpu-200": dict(ours=(32, 200, 512), width=64, gcrl=(32, 200, 256), gcrl_width=256, gcrl_flags="", samples=5000),
+    "tiny": dict(ours=(16, 1, 16), width=2, gcrl=(8, 1, 16), gcrl_width=8, gcrl_flags="--encoder-layers 1 "
+                 "--decoder-layers 1 --heads 2 --colours 4", samples=8),
+}
+RESNET = "--arch resnet18 --stem cifar"
+MOCO = f"moco.py {RESNET} --width W --blur 0 --tau 0.1 --m 0.99 --crop-min 0.2 --lr 0.12 --head linear"
+CMC = f"cmc.py {RESNET} --width H --crop-min 0.4 --lr 0.2"
+DIM = f"dim.py {RESNET} --width W --units 512 --views 2 --estimator infonce --lr 0.001"
+ROWS = {
+    "SimCLR": f"simclr.py {RESNET} --width W --jitter 0.5 --blur 0 --crop-min 0.2 --tau 0.2 --lr 0.2",
+    "MoCo, queue": f"{MOCO} --dictionary queue --negatives 4096",
+    "MoCo, memory bank": f"{MOCO} --dictionary memory-bank --negatives 4096",
+    "MoCo, end-to-end": f"{MOCO} --dictionary end-to-end",
+    "CMC, L and ab": f"{CMC} --views lab --dictionary end-to-end --tau 0.2",
+    "CMC, Y and CbCr": f"{CMC} --views ycbcr --dictionary end-to-end --tau 0.2",
+    "CMC, R, G and B": f"{CMC} --views rgb --dictionary end-to-end --tau 0.2",
+    "CMC, L and ab, memory bank": f"{CMC} --views lab --dictionary memory-bank --negatives 4096 --tau 0.1",
+    "CPC": f"cpc.py {RESNET} --width W --patch 8 --stride 4 --steps K --context-width 64 --lr 0.001",
+    "DIM, local": f"{DIM} --objective local",
+    "DIM, global": f"{DIM} --objective global",
+    "DIM, both": f"{DIM} --objective both",
+    "AMDIM": "dim.py --objective multiscale --image-size 32 --width W --units 128 --depth 1 --lr 0.001",
+    "GCRL, generative": "gcrl.py --alpha 1 --beta 0",
+    "GCRL, contrastive": "gcrl.py --alpha 0 --beta 1",
+    "GCRL, hybrid": "gcrl.py --alpha 1 --beta 1",
+}
+PUBLISHED = {  # accuracy on CIFAR-10 that others report, and where it was measured
+    "SimCLR": "85.6 (ResNet-18, batch 512, 100 epochs: dkobak/simclr-cifar10)",
+    "CPC": "84.5 (8 px patches, batch 64, 1000 epochs: lightning-bolts)",
+    "DIM, local": "75.6 (infoNCE, its own encoder, MLP on fc; table 1)",
+    "DIM, global": "52.8 (JSD, its own encoder, MLP on fc; table 1)",
+    "AMDIM": "91.2 (its large encoder, 300 epochs)",
+}
+
+
+def command(row, budget, data, folder, seed):
+    """The words of one training run."""
+    words, gcrl = ROWS[row], row.startswith("GCRL")
+    size, epochs, batch = budget["gcrl" if gcrl else "ours"]
+    steps = min(5, (size - 8) // 4)                                           # CPC's, within its grid
+    for letter, value in (("W", budget["width"]), ("H", max(1, budget["width"] // 2)), ("K", max(2, steps))):
+        words = words.replace(f" {letter} ", f" {value} ")
+    if gcrl:
+        words += f" --width {budget['gcrl_width']} {budget['gcrl_flags']}"
+    if "--image-size" not in words:
+        words += f" --image-size {size}"
+    return [*shlex.split(words), *data, "--epochs", str(epochs), "--batch-size", str(batch), "--seed", str(seed),
+            "--out", str(folder)]
+
+
+def run(words, log):
+    """python with these words, its output added to the file `log`."""
+    with open(log, "a") as file:
+        file.write(f"$ python {shlex.join(words)}\n")
+        file.flush()
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"results.py: python {shlex.join(words)} failed, see {log}")
+
+
+def measure(row, seed, args):
+    """Trains and judges a row, as far as that is not done. Returns its result.json, evaluation.json and command."""
+    budget, name = BUDGETS[args.budget], row.lower().replace(",", "").replace(" ", "-")
+    folder, log = args.out / f"{name}-{seed}", args.out / f"{name}-{seed}.log"
+    place = str(args.data_dir.resolve() if args.data_dir else ROOT / "data")
+    data = ["--dataset", "folder" if args.data_dir else "cifar10", "--data-dir", place]
+    words = command(row, budget, data, folder, seed)
+    if not (folder / "result.json").exists():
+        run([words[0], "--resume", str(folder)] if (folder / "checkpoint.pt").exists() else words, log)
+    key = data[1]
+    evaluation = folder / "evaluation.json"
+    judged = json.loads(evaluation.read_text()).get(key, {}) if evaluation.exists() else {}
+    if "labels" not in judged or "ood" not in judged:
+        run(["-m", "common.linear_probe", str(folder), "--labels", *map(str, args.labels), "--ood", *args.ood], log)
+    if row in ("GCRL, generative", "GCRL, hybrid") and not list(folder.glob("distances-*.json")):
+        run(["gcrl.py", "--sample", str(folder), "--samples", str(budget["samples"]), "--frechet",
+             str(args.out / f"simclr-{seed}")], log)
+    judged = json.loads(evaluation.read_text())[key]
+    distance = next((json.loads(p.read_text())["frechet"] for p in folder.glob("distances-*.json")), None)
+    print(f"{row}, seed {seed}: linear {100 * judged['linear']['trained']:.1f}", flush=True)
+    shown = shlex.join(words[:-2]).replace(place, "DIR")
+    return dict(result=json.loads((folder / "result.json").read_text()), judged=judged, frechet=distance, command=shown)
+
+
+def mean(values, scale=1.0, digits=1):
+    """The mean, and with several seeds the standard deviation."""
+    text = f"{scale * statistics.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} +- {scale * statistics.stdev(values):.{digits}f}"
+
+
+def tables(found, args):
+    """Markdown of the measured rows: {row: [a dict of `measure` for each seed]}."""
+    shares = [str(share) for share in args.labels]
+    heads = ["", "linear", "kNN", *(f"{100 * float(s):g} % of labels" for s in shares), "untrained", "s", "GB",
+             "published (not this setting)"]
+    lines = [heads, ["---"] * len(heads)]
+    for row, runs in found.items():
+        of = lambda get, *more: mean([get(r) for r in runs], *more)
+        lines.append([row, of(lambda r: r["judged"]["linear"]["trained"], 100),
+                      of(lambda r: r["judged"]["knn"]["trained"], 100),
+                      *(of(lambda r: r["judged"]["labels"][s]["trained"]["mean"], 100) for s in shares),
+                      of(lambda r: r["judged"]["linear"]["untrained"], 100), of(lambda r: r["result"]["seconds"], 1, 0),
+                      of(lambda r: r["result"]["peak_memory"], 1e-9), PUBLISHED.get(row, "")])
+    gcrl = {row: runs for row, runs in found.items() if row.startswith("GCRL")}
+    outside = list(next(iter(found.values()))[0]["judged"]["ood"])
+    heads = ["", "nats per token", "linear", "kNN", "Frechet (floor)"]
+    scores = ("probability, of the probe", "Mahalanobis, of class means", "Mahalanobis, no labels",
+              "likelihood, no labels", "likelihood less complexity")
+    heads += [f"AUROC {Path(o).name}: {score}" for o in outside for score in scores]
+    more = [heads, ["---"] * len(heads)]
+    for row, runs in {"SimCLR": found["SimCLR"], **gcrl}.items() if "SimCLR" in found else gcrl.items():
+        of = lambda get, *more: mean([get(r) for r in runs], *more)
+        line = [row, of(lambda r: r["result"]["nats"], 1, 3) if "nats" in runs[0]["result"] else "",
+                of(lambda r: r["judged"]["linear"]["trained"], 100), of(lambda r: r["judged"]["knn"]["trained"], 100),
+                f"{of(lambda r: r['frechet']['samples'], 1, 3)} ({of(lambda r: r['frechet']['test'], 1, 3)})"
+                if runs[0]["frechet"] else ""]
+        line += [of(lambda r: r["judged"]["ood"][o][s]["auroc"], 100) if s in runs[0]["judged"]["ood"][o] else ""
+                 for o in outside for s in scores]
+        more.append(line)
+    told = json.loads(next(args.out.glob("*/args.json")).read_text())
+    machine = f"{told['device']}, torch {told['torch']}, {told['threads']} threads a run; seeds: {args.seeds}"
+    text = "\n".join(" | ".join(["", *line, ""]).strip() for line in lines)
+    text += "\n\n" + "\n".join(" | ".join(["", *line, ""]).strip() for line in more)
+    commands = "\n".join(f"    python {runs[0]['command']}" for runs in found.values())
+    return f"{machine}\n\n{text}\n\n{commands}\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The README's tables of results.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--budget", choices=BUDGETS, required=True, help="how large and how long")
+    add("--data-dir", type=Path, default=None, help="a folder DIR/train/CLASS/*, DIR/test/CLASS/* in place of CIFAR-10")
+    add("--seeds", type=int, default=1, help="runs of each row")
+    add("--labels", nargs="+", type=float, default=[0.01, 0.1], help="shares of the labels")
+    add("--ood", nargs="+", default=["patterns"], help="data sets or folders to tell from it")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="these rows alone")
+    add("--jobs", type=int, default=1, help="rows at a time; give each its cores with OMP_NUM_THREADS")
+    add("--out", type=Path, default=ROOT / "runs" / "results", help="folder of the runs and of table.md")
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    jobs = [(row, seed) for seed in range(args.seeds) for row in args.rows]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = dict(zip(jobs, pool.map(lambda job: measure(*job, args), jobs)))
+    text = tables({row: [found[row, seed] for seed in range(args.seeds)] for row in args.rows}, args)
+    (args.out / "table.md").write_text(text)
+    print(f"\n{text}\nwritten to {args.out / 'table.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Judging a finished run: labels, fine-tuning, strange images, and torchvision's detectors on its encoder."""
+import copy
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from common import encoders, evaluate, linear_probe, ood, resnet
+from common.cli import Refusal
+from common.data import Images
+from common.finetune import balanced, finetune, freeze
+
+CPU = torch.device("cpu")
+OFF = torch.autocast("cpu", enabled=False)
+
+
+# ---- labels
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 1.0])
+def test_draws_are_balanced_and_reproducible(fraction):
+    """The share of each class, at least one image of it; the same seed the same, another seed another draw."""
+    labels = torch.tensor([0] * 40 + [1] * 100 + [2] * 7)[torch.randperm(147)]
+    index = balanced(labels, fraction, 0)
+    assert torch.equal(index, index.unique()) and torch.equal(index, balanced(labels, fraction, 0))
+    assert torch.bincount(labels[index]).tolist() == [max(1, round(fraction * n)) for n in (40, 100, 7)]
+    assert fraction == 1 or not torch.equal(index, balanced(labels, fraction, 1))
+
+
+# ---- telling strange images: hand-worked
+
+
+CASES = [  # inside, outside, AUROC, AUPR, FPR at 0.95 (or the given) TPR
+    ([1, 2, 3], [4, 5], 1.0, 1.0, 0.0),
+    ([4, 5], [1, 2, 3], 0.0, (1 / 3 + 2 / 4 + 3 / 5) / 3, 1.0),
+    ([1, 1, 1], [1, 1], 0.5, 0.4, 1.0),                                       # one threshold: precision 2 / 5
+    ([1, 2, 2, 3], [2, 4], 0.75, 0.5 + 0.5 * 2 / 5, 0.75),                    # 2 ties with half of the inside
+    ([0, 1, 2, 3], [3, 3, 1, 5], (3.5 + 3.5 + 1.5 + 4) / 16, 0.25 + 0.5 * 3 / 4 + 0.25 * 4 / 7, 0.75)]
+
+
+@pytest.mark.parametrize("inside, outside, auroc, aupr, fpr", CASES)
+def test_detection_by_hand(inside, outside, auroc, aupr, fpr):
+    inside, outside = torch.tensor(inside).float(), torch.tensor(outside).float()
+    assert ood.auroc(inside, outside) == pytest.approx(auroc)
+    assert ood.aupr(inside, outside) == pytest.approx(aupr)
+    assert ood.fpr(inside, outside) == pytest.approx(fpr)
+
+
+def test_detection_by_loops():
+    """On random scores with ties, against the definitions in loops."""
+    rng = np.random.default_rng(0)
+    inside, outside = rng.integers(0, 12, 60).astype(float), rng.integers(3, 15, 40).astype(float)
+    pairs = [(o > i) + 0.5 * (o == i) for o in outside for i in inside]
+    precision, previous = 0.0, 0.0
+    for threshold in sorted({*inside, *outside}, reverse=True):
+        caught, wrong = sum(outside >= threshold), sum(inside >= threshold)
+        precision += caught / (caught + wrong) * (caught / 40 - previous)
+        previous = caught / 40
+    rates = [(sum(outside >= t) / 40, sum(inside >= t) / 60) for t in {*inside, *outside}]
+    a, b = torch.tensor(inside), torch.tensor(outside)
+    assert ood.auroc(a, b) == pytest.approx(np.mean(pairs)) and ood.aupr(a, b) == pytest.approx(precision)
+    for tpr in (0.5, 0.8, 0.95, 1.0):
+        assert ood.fpr(a, b, tpr) == pytest.approx(min(wrong for caught, wrong in rates if caught >= tpr))
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_mahalanobis_is_numpys(labelled):
+    rng = np.random.default_rng(0)
+    train, x, y = rng.normal(size=(200, 5)) @ rng.normal(size=(5, 5)), rng.normal(size=(30, 5)), rng.integers(0, 3, 200)
+    y = y if labelled else np.zeros(200, int)
+    means = np.stack([train[y == c].mean(0) for c in np.unique(y)])
+    centred = train - means[y]
+    inverse = np.linalg.inv(centred.T @ centred / 200)
+    true = [min((v - m) @ inverse @ (v - m) for m in means) for v in x]
+    ours = ood.mahalanobis(torch.tensor(train), torch.tensor(x), torch.tensor(y) if labelled else None)
+    assert np.allclose(ours.numpy(), true, rtol=1e-8)
+
+
+def test_mahalanobis_of_fewer_images_than_dimensions():
+    """Finite, and what leaves the span of the training features is far."""
+    train = torch.zeros(6, 20)
+    train[:, :4] = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    near, far = train.mean(0)[None].clone(), train.mean(0)[None].clone()
+    far[:, 10] += 1
+    assert ood.mahalanobis(train, near).item() < 1e-6 < 1e3 < ood.mahalanobis(train, far).item() < math.inf
+
+
+def test_knn_distance_is_the_loops():
+    torch.manual_seed(0)
+    train, x = torch.randn(30, 4), torch.randn(7, 4)
+    for k in (1, 5, 50):
+        true = [sorted((a / a.norm() - b / b.norm()).norm().item() for b in train)[min(k, 30) - 1] for a in x]
+        assert ood.knn_distance(train, x, k).tolist() == pytest.approx(true, abs=1e-3)
+
+
+def test_uncertainty_and_complexity():
+    assert ood.uncertainty(torch.tensor([[0.0, 0.0], [0.0, 100.0]])).tolist() == pytest.approx([0.5, 0.0])
+    flat, noise = torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.randint(256, (1, 3, 16, 16), dtype=torch.uint8)
+    bits = ood.complexity(torch.cat([flat, noise]))
+    assert bits[0] < 1000 and bits[1] > 0.9 * 8 * 3 * 256
+
+
+# ---- fine-tuning
+
+
+def striped(n, seed):
+    """Images of horizontal or vertical stripes: labels a linear classifier on random features hardly finds."""
+    generator = torch.Generator().manual_seed(seed)
+    labels, phase = torch.arange(n) % 2, torch.randint(4, (n,), generator=generator)
+    wave = ((torch.arange(8) + phase[:, None]) // 2 % 2 * 200).float()[:, None, None]         # (n, 1, 1, 8)
+    x = torch.where(labels[:, None, None, None] == 1, wave, wave.transpose(2, 3)).expand(n, 3, 8, 8)
+    return Images((x + 55 * torch.rand(n, 3, 8, 8, generator=generator)).byte(), labels, CPU, 0, True)
+
+
+@pytest.mark.parametrize("frozen", [0, 2, 5])
+def test_frozen_stages_stay_bitwise(frozen):
+    """Parameters and batch statistics of the first stages; all others move, and the global random numbers do not."""
+    torch.manual_seed(0)
+    module = resnet.resnet18("cifar", 4)
+    before, expected = copy.deepcopy(module.state_dict()), torch.random.get_rng_state()
+    finetune(module, striped(40, 0), torch.arange(40), striped(20, 1), frozen, OFF, steps=3, batch_size=8)
+    assert torch.equal(expected, torch.random.get_rng_state())
+    still = {name for name, value in module.state_dict().items() if torch.equal(value, before[name])}
+    names = [["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]]
+    frozen_names = {name for name in before if name.split(".")[0] in sum(names[:frozen], [])}
+    assert still == frozen_names
+
+
+def test_finetuning_learns():
+    torch.manual_seed(0)
+    train, test = striped(100, 0), striped(60, 1)
+    assert finetune(resnet.resnet18("cifar", 4), train, torch.arange(100), test, 0, OFF, steps=60, batch_size=20) > 0.9
+
+
+def test_stages_hold_every_weight(finished, script):
+    """The stages of each script's encoder are a partition of its weights (DIM's Y, which is not probed, left out)."""
+    args, module = encoders.load(finished(script).folder, CPU)
+    parts = [p for stage in module.stages() for part in stage
+             for p in ([part] if torch.is_tensor(part) else part.parameters())]
+    assert len({id(p) for p in parts}) == len(parts)
+    left = {name for name, p in module.named_parameters() if id(p) not in {id(q) for q in parts}}
+    assert left == ({"y.weight", "y.bias"} if script.__name__ == "dim" else set())
+    freeze(module, 1)
+    assert not any(p.requires_grad for p in module.parameters() if id(p) in {
+        id(p) for part in module.stages()[0] for p in ([part] if torch.is_tensor(part) else part.parameters())})
+
+
+# ---- the command
+
+
+@pytest.fixture
+def run(script, finished, here):
+    """A copy of a finished run of each script."""
+    shutil.copytree(finished(script).folder, here / "run")
+    return here / "run"
+
+
+def judge(run, *flags):
+    return evaluate.main([run, "--device", "cpu", "--amp", "off", "--workers", 0, *flags])
+
+
+def test_judges_any_run_as_its_script_did(run, script, finished, capsys):
+    """Linear probe and kNN are those of result.json, for the trained and the untrained encoder."""
+    result = judge(run)
+    for measure in ("linear", "knn"):
+        for row in ("pixels", "untrained", "trained"):
+            assert result[measure][row] == finished(script).metrics[measure][row], (measure, row)
+    assert json.loads((run / "evaluation.json").read_text())["folder"] == result
+    assert "whitened pixels" in capsys.readouterr().out
+
+
+def test_judges_labels_finetuning_and_strangers(run, script, images, capsys):
+    """All of it at once, added to what was there; the folder's own images are not strange, AUROC one half."""
+    judge(run)
+    result = judge(run, "--labels", 0.1, 0.5, "--draws", 2, "--finetune", "--steps", 2, "--frozen-stages", 1,
+                   "--ood", "patterns", images / "test")
+    assert {"linear", "labels", "finetune", "ood"} <= result.keys()
+    few = result["labels"]["0.1"]
+    assert [len(d) for d in few["draws"]] == [4, 4] and few["trained"].keys() == {"mean", "deviation"}
+    assert result["finetune"]["0.5"].keys() >= {"finetuned", "scratch", "draws"}
+    strange = result["ood"]
+    scores = 6 if script.__name__ == "gcrl" else 4
+    assert all(len(strange[name]) == scores for name in ("patterns", str(images / "test")))
+    for measured in strange[str(images / "test")].values():
+        assert measured["auroc"] == pytest.approx(0.5)
+    assert all(0 <= v <= 1 for score in strange["patterns"].values() for v in score.values())
+    out = capsys.readouterr().out
+    assert "AUROC" in out and "from scratch" in out and "+-" in out
+
+
+def test_transfer(finished, here):
+    """Another data set than the run's, beside its own in evaluation.json."""
+    shutil.copytree(finished("simclr").folder, here / "run")
+    judge(here / "run")
+    result = judge(here / "run", "--dataset", "patterns")
+    found = json.loads((here / "run" / "evaluation.json").read_text())
+    assert found.keys() == {"folder", "patterns"} and found["patterns"] == result
+    assert result["linear"] != found["folder"]["linear"]
+
+
+def test_gcrl_by_depth(finished, here):
+    """A probe on each block, the encoder's last one all but its norm; and the picture."""
+    shutil.copytree(finished("gcrl").folder, here / "run")
+    blocks = judge(here / "run", "--blocks")["blocks"]
+    assert list(blocks) == ["embedding", "encoder 1, row", "encoder 2, column", "decoder 1"]
+    assert all(0 <= value <= 1 for value in blocks.values())
+    with Image.open(here / "run" / "blocks.png") as image:
+        assert image.size == (110 * 4 + 20, 240)
+
+
+def test_likelihood_is_the_runs(finished):
+    """Of test images, its mean is result.json's nats."""
+    run = finished("gcrl")
+    log_prob = evaluate.gcrl_likelihood(run.folder, CPU, OFF)
+    args = encoders.settings(run.folder)[1]
+    data = evaluate.load("folder", args.data_dir, args.image_size, CPU, 0, 1.0)
+    nats = -linear_probe.features(log_prob, data.test).mean().item() / (args.image_size**2 - 1)
+    assert nats == pytest.approx(run.metrics["nats"], rel=1e-4)
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--frozen-stages", 9], "--frozen-stages"), (["--blocks"], "--blocks"), (["--ood", "nowhere"], "--ood nowhere"),
+    (["--labels", 2], "--labels"), (["--dataset", "mnist"], "--dataset"), (["--draws", 0], "--draws")])
+def test_refusals(flags, named, finished, here):
+    with pytest.raises(Refusal, match=named):
+        judge(finished("simclr").folder, *flags)
+
+
+def test_refuses_what_is_no_finished_run(here, finished):
+    with pytest.raises(Refusal, match="args.json"):
+        judge(here)
+    shutil.copytree(finished("simclr").folder, here / "run")
+    (here / "run" / "encoder.pt").write_bytes(b"none")
+    with pytest.raises(Refusal, match="encoder.pt"):
+        judge(here / "run")
+    (here / "run" / "encoder.pt").unlink()
+    with pytest.raises(Refusal, match="--resume"):
+        judge(here / "run")
+
+
+def test_empty_and_unlabelled_folders(here, finished, images):
+    """An empty folder of strange images gets one sentence; images without classes will do."""
+    shutil.copytree(finished("simclr").folder, here / "run")
+    (here / "empty").mkdir()
+    with pytest.raises(Refusal, match="--ood empty.*no images"):
+        judge(here / "run", "--ood", "empty")
+    assert judge(here / "run", "--ood", images / "train" / "red")["ood"]
+    with pytest.raises(Refusal, match="has no train/CLASS folders"):
+        judge(here / "run", "--data-dir", images / "train" / "red")
+
+
+# ---- detection and segmentation
+
+
+def test_encoder_starts_torchvisions_detector_and_segmenter(tmp_path):
+    """encoder.pt of a ResNet-50 with the ImageNet stem fits both backbones but for fc, and each takes a step."""
+    torch.manual_seed(0)
+    ours = resnet.resnet50("imagenet")
+    torch.save(ours.state_dict(), tmp_path / "encoder.pt")
+    state = torch.load(tmp_path / "encoder.pt", weights_only=True)
+
+    whole = torchvision.models.resnet50()
+    missing = whole.load_state_dict(state, strict=False)
+    assert not missing.unexpected_keys and set(missing.missing_keys) == {"fc.weight", "fc.bias"}
+    detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64)
+    segmenter = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=3)
+    body, backbone = detector.backbone.body, segmenter.backbone
+    body.load_state_dict(state)
+    backbone.load_state_dict(state)
+    assert torch.equal(body.layer4[2].conv3.weight, ours.layer4[2].conv3.weight)
+
+    x = torch.rand(2, 3, 64, 64)
+    targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}] * 2
+    before = body.layer4[2].conv3.weight.clone()
+    optimizer = torch.optim.SGD(detector.parameters(), 0.01)
+    sum(detector.train()(list(x), targets).values()).backward()
+    optimizer.step()
+    assert not torch.equal(before, body.layer4[2].conv3.weight)
+    optimizer = torch.optim.SGD(segmenter.parameters(), 0.01)
+    torch.nn.functional.cross_entropy(segmenter.train()(x)["out"], torch.randint(3, (2, 64, 64))).backward()
+    optimizer.step()
+    assert not torch.equal(before, backbone.layer4[2].conv3.weight)
