@@ -34,6 +34,7 @@ def one_thread():
 @pytest.fixture(autouse=True, scope="session")
 def short_mlp():
     """In whole runs the MLP of DIM's seven rows would take most of the time."""
+    from common import linear_probe
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(linear_probe.MEASURES, "mlp", functools.partial(linear_probe.mlp, steps=3))
         yield
@@ -56,6 +57,12 @@ def images(tmp_path_factory):
 @pytest.fixture(params=["simclr", "moco", "cmc", "cpc", "dim", "gcrl"], scope="session")
 def script(request):
     """The module of each script in turn."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(params=["simclr", "gcrl"], scope="session")
+def either(request):
+    """Two scripts in turn, where what is tested is common/ and two are enough."""
     return importlib.import_module(request.param)
 
 

@@ -165,12 +165,14 @@ def test_the_ten_shapes_differ_and_have_a_radius_of_about_one():
             assert (mask & inside[other]).sum() < 0.9 * (mask | inside[other]).sum(), (shape, other)
 
 
-def test_load_shapes(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name, classes", [("shapes", shapes.CLASSES), ("patterns", shapes.PATTERNS)])
+def test_load_shapes(monkeypatch, tmp_path, name, classes):
     draw, seeds = shapes.draw, []
-    monkeypatch.setattr(shapes, "draw", lambda n, size, seed: seeds.append(seed) or draw(n // 2, size, seed))
-    data, again, other = (load("shapes", tmp_path / "none", 12, CPU, 0, 0, seed) for seed in (0, 0, 1))
-    assert data.classes == tuple(shapes.CLASSES) and data.unlabelled == "" and data.train.labels is None
-    assert len(data.train) > len(data.labelled) > 0 and set(data.labelled.labels.tolist()) == set(range(10))
+    monkeypatch.setattr(shapes, "draw", lambda n, size, seed, *of: seeds.append(seed) or draw(n // 2, size, seed, *of))
+    data, again, other = (load(name, tmp_path / "none", 12, CPU, 0, 0, seed) for seed in (0, 0, 1))
+    assert data.classes == classes and data.unlabelled == "" and data.train.labels is None
+    assert len(data.train) > len(data.labelled) > 0
+    assert set(data.labelled.labels.tolist()) == set(range(len(classes)))
     assert everything(data.train)[: len(data.labelled)].equal(everything(data.labelled))
     for images in (data.labelled, data.test):
         assert everything(images).shape == (len(images), 3, 12, 12) and everything(images).dtype == torch.uint8
@@ -734,7 +736,7 @@ def test_no_files_and_no_network(tmp_path, name):
 
 
 def test_every_data_set_that_is_downloaded_has_a_home():
-    assert set(HOMES) == set(NAMES) - {"shapes", "folder"}
+    assert set(HOMES) == set(NAMES) - {"shapes", "patterns", "folder"}
 
 
 # ---- MATLAB 5 files

@@ -69,19 +69,19 @@ def test_next_free_folder(here):
     assert other.folder == Path("runs/gcrl-shapes-7")
 
 
-def test_out_is_taken(script, here, tiny, finished):
+def test_out_is_taken(either, here, tiny, finished):
     """--out with a run in it, with anything in it, or a file, is refused and left alone; an empty folder is taken."""
-    shutil.copytree(finished(script).folder, here / "run")
+    shutil.copytree(finished(either).folder, here / "run")
     before = {p.name: p.read_bytes() for p in (here / "run").iterdir()}
     with pytest.raises(Refusal, match="--out run holds a run.*--resume run"):
-        script.main(tiny(script, "--out", "run"))
+        either.main(tiny(either, "--out", "run"))
     assert {p.name: p.read_bytes() for p in (here / "run").iterdir()} == before
     (here / "mine").mkdir()
     (here / "mine" / "thesis.tex").write_text("precious")
     (here / "file").write_text("precious")
     for name in ("mine", "file"):
         with pytest.raises(Refusal, match=f"--out {name} exists and is not an empty folder"):
-            script.main(tiny(script, "--out", name))
+            either.main(tiny(either, "--out", name))
     assert (here / "mine" / "thesis.tex").read_text() == (here / "file").read_text() == "precious"
     (here / "empty").mkdir()
     assert new_run("empty").folder == Path("empty")
@@ -122,14 +122,14 @@ def a_tensor(path, other):
 
 
 @pytest.mark.parametrize("damage", [truncated, empty, garbage, others, other_width, lacking, a_tensor])
-def test_damaged_checkpoint(script, here, finished, damage):
+def test_damaged_checkpoint(either, here, finished, damage):
     """Refused by its name in one line, and left as it is."""
-    shutil.copytree(finished(script).folder, here / "run")
+    shutil.copytree(finished(either).folder, here / "run")
     path = here / "run" / "checkpoint.pt"
-    damage(path, finished("gcrl" if script is simclr else "simclr"))
+    damage(path, finished("gcrl" if either is simclr else "simclr"))
     before = path.read_bytes()
     with pytest.raises(Refusal, match="run/checkpoint.pt is not a whole checkpoint") as refusal:
-        script.main(["--resume", "run"])
+        either.main(["--resume", "run"])
     assert path.read_bytes() == before and "\n" not in str(refusal.value)
 
 
@@ -149,37 +149,37 @@ def test_malicious_checkpoint(here, finished, save):
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '"run"'])
-def test_resume_of_nothing(script, here, text):
+def test_resume_of_nothing(either, here, text):
     """--resume of a folder that is missing, or without good args.json."""
     if text is not None:
         (here / "run").mkdir()
         (here / "run" / "args.json").write_text(text)
     with pytest.raises(Refusal, match="--resume run: no run there"):
-        script.main(["--resume", "run"])
+        either.main(["--resume", "run"])
     assert (here / "run").exists() == (text is not None)
 
 
-def test_resume_of_another_method(script, finished):
-    other = "gcrl" if script is simclr else "simclr"
+def test_resume_of_another_method(either, finished):
+    other = "gcrl" if either is simclr else "simclr"
     with pytest.raises(Refusal, match=f"that is a run of {other}.py"):
-        script.main(["--resume", finished(other).folder])
+        either.main(["--resume", finished(other).folder])
 
 
 @pytest.mark.parametrize("flags", ["--lr 7", "--epochs 3", "--seed 1", "--width 16", "--dataset shapes", "--out x"])
 @pytest.mark.parametrize("form", ["{} --resume RUN", "--resume RUN {}", "--resume=RUN {}"])
-def test_resume_with_a_changed_setting(script, finished, here, flags, form):
+def test_resume_with_a_changed_setting(either, finished, here, flags, form):
     """What decides the result cannot change on --resume, in whichever way it is written."""
-    argv = form.format(flags).replace("RUN", str(finished(script).folder)).split()
+    argv = form.format(flags).replace("RUN", str(finished(either).folder)).split()
     with pytest.raises(Refusal, match=f"{flags.split()[0]} cannot change on --resume"):
-        script.arguments(argv)
+        either.arguments(argv)
 
 
-def test_resume_takes_the_settings(script, finished):
+def test_resume_takes_the_settings(either, finished):
     """The run's own settings hold, and how it is run may change."""
-    folder = finished(script).folder
+    folder = finished(either).folder
     stored = json.loads((folder / "args.json").read_text())["settings"]
     for form in (["--resume", str(folder)], [f"--resume={folder}"]):
-        args = vars(script.arguments([*form, "--workers", "3", "--cache-gb", "2", "--device", "cuda"]))
+        args = vars(either.arguments([*form, "--workers", "3", "--cache-gb", "2", "--device", "cuda"]))
         assert (args["workers"], args["cache_gb"], args["device"]) == (3, 2.0, "cuda")
         for free in ("workers", "cache_gb", "device", "resume", "out"):
             args.pop(free)

@@ -1,0 +1,45 @@
+"""tests/results.py: its rows are commands that the scripts take, and its tables say what was measured."""
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import results
+
+FOLDER = ["--dataset", "folder", "--data-dir", "DIR"]
+
+
+@pytest.mark.parametrize("budget", results.BUDGETS)
+@pytest.mark.parametrize("row", results.ROWS)
+@pytest.mark.parametrize("data", [FOLDER, ["--dataset", "cifar10"]], ids=["folder", "cifar10"])
+def test_rows_are_commands(row, budget, data):
+    """Each is accepted by its script, with the budget's size, epochs and batch."""
+    script, *flags = results.command(row, results.BUDGETS[budget], data, Path("x"), 3)
+    args = importlib.import_module(script.removesuffix(".py")).arguments(flags)
+    size, epochs, batch = results.BUDGETS[budget]["gcrl" if row.startswith("GCRL") else "ours"]
+    assert (args.epochs, args.batch_size, args.seed, args.out) == (epochs, batch, 3, "x")
+    assert args.image_size == (32 if row == "AMDIM" else size)
+
+
+def measured(row, value):
+    judged = {"linear": {"trained": value, "untrained": 0.1}, "knn": {"trained": 0.3}, "ood": {"patterns": {}},
+              "labels": {share: {"trained": {"mean": 0.2}} for share in ("0.01", "0.1")}}
+    judged["ood"]["patterns"]["Mahalanobis, no labels"] = {"auroc": 0.75}
+    result = {"seconds": 61.4, "peak_memory": 2e9, **({"nats": 1.5} if row == "GCRL, hybrid" else {})}
+    frechet = {"samples": 0.5, "test": 0.25} if row == "GCRL, hybrid" else None
+    return dict(judged=judged, result=result, frechet=frechet, command="x.py --seed 0")
+
+
+def test_tables(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text(json.dumps({"device": "machine", "torch": "2", "threads": 1}))
+    args = SimpleNamespace(out=tmp_path, labels=[0.01, 0.1], seeds=2)
+    text = results.tables({row: [measured(row, 0.5), measured(row, 0.6)] for row in ("SimCLR", "GCRL, hybrid")}, args)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 8 and all(len({line.count("|") for line in part}) == 1 for part in (lines[:4], lines[4:]))
+    assert ("| SimCLR | 55.0 +- 7.1 | 30.0 +- 0.0 | 20.0 +- 0.0 | 20.0 +- 0.0 | 10.0 +- 0.0 | 61 +- 0 | 2.0 +- 0.0 |"
+            in text)
+    assert "| GCRL, hybrid | 1.500 +- 0.000 | 55.0 +- 7.1 | 30.0 +- 0.0 | 0.500 +- 0.000 (0.250 +- 0.000) |" in text
+    assert "75.0 +- 0.0" in text and "machine, torch 2, 1 threads" in text and "python x.py --seed 0" in text
