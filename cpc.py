@@ -2,7 +2,7 @@
 v2 changed: Data-Efficient Image Recognition with CPC (Henaff et al. 2019, 1905.09272).
 
 An image becomes a G x G grid of overlapping patches. An encoder turns each into a vector z_{i,j}, a masked
-convolutional network those of the rows 1 .. i into a context c_{i,j}, and a linear map W_k the context into a
+convolutional network those of row i and the five above it into a context c_{i,j}, and a linear map W_k that into a
 prediction of the patch k rows below. InfoNCE asks to tell it from those of other places and images (v2, equation 2):
 
     L = - mean over i, j, k of  log  exp(W_k c_{i,j} . t_{i+k,j}) / sum_l exp(W_k c_{i,j} . t_l),      t = W z
@@ -86,7 +86,8 @@ class Encoder(nn.Module):
         return z.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
 
     def forward(self, x):
-        return self.grid(cut(x, self.patch, self.stride)).mean(dim=(2, 3))
+        return torch.cat([self.grid(cut(part, self.patch, self.stride)).mean(dim=(2, 3))
+                          for part in x.split(64)])                           # a batch to judge has many patches
 
     def stages(self):
         return self.net.stages()
@@ -163,9 +164,10 @@ def info_nce(predictions, targets):
     """InfoNCE (v1, equation 4; v2, equation 2), mean over the predictions: a scalar.
 
     predictions, targets: (M, D), row i of each belonging together; to a prediction all other targets, of other places
-    and of other images, are negatives. Scored by the inner product / sqrt(D), which is what keeps the softmax from
-    saturating at the start (v2: * 0.1 at D = 64). Equal targets give log(M), the chance level; log(M) minus the loss is
-    a lower bound of the mutual information of context and target, in nats.
+    (here those k rows down and more; v2's code takes all) and of other images, are negatives. Scored by the inner
+    product / sqrt(D), which keeps the softmax from saturating at the start (v2: * 0.1 at D = 64). Equal targets give
+    log(M), the chance level. Were the negatives independent, log(M) minus the loss would bound the mutual information
+    of context and target from below.
     """
     with torch.autocast(predictions.device.type, enabled=False):
         logits = predictions.float() @ targets.float().T / math.sqrt(targets.shape[1])        # (M, M)
@@ -196,7 +198,7 @@ def arguments(argv):
     add("--context-width", type=cli.count, default=256, help="channels inside the context network (v2: 256)")
     add("--norm", choices=("layer", "batch", "none"), default="layer", help="in the encoder; v1: none, v2: layer")
     add("--augmentation", choices=("v1", "v2"), default="v2",
-        help="of each patch alone; v1: small shifts, v2: flips, colours, grey, dropped channels")
+        help="of each patch alone; v1: small shifts (its images were also grey), v2: flips, colours, dropped channels")
     add("--crop-min", type=cli.number(float, 0, high=1), default=0.5, help="least share of the area that a crop keeps")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
     add("--width", type=cli.count, default=64, help="channels of the encoder's first stage")
@@ -263,8 +265,9 @@ def main(argv=None):
             order = epoch_order(len(data.train), args.batch_size, args.seed, epoch, rank, world)[step:]
             for step, x in enumerate(data.train.batches(order), step):
                 set_rate(optimizer, args.lr * cosine(epoch * steps + step, args.epochs * steps, args.warmup))
+                views = patches(x, rng, *recipe)                              # (N, G, G, 3, patch, patch)
                 with autocast:
-                    h, pairs = net(patches(x, rng, *recipe))
+                    h, pairs = net(views)
                 loss = sum(info_nce(*map(distributed.gather, pair)) for pair in pairs) / len(pairs)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
@@ -288,8 +291,8 @@ def main(argv=None):
 
     def context(x):                                                           # to (N, directions feature_dim)
         with autocast:
-            c = model.context(model.encoder.grid(cut(x.float() / 255, args.patch, args.stride)))
-            return torch.cat(c, dim=1).mean(dim=(2, 3))
+            grids = [model.encoder.grid(cut(part.float() / 255, args.patch, args.stride)) for part in x.split(64)]
+            return torch.cat(model.context(torch.cat(grids)), dim=1).mean(dim=(2, 3))
 
     run.write("encoder.pt", lambda path: torch.save(model.encoder.state_dict(), path))
     x, rng = data.train.at(data.train.some(32)), augment.Random(args.seed)

@@ -41,19 +41,20 @@ def mutual_information(scores, positives, estimator):
 
     scores: (N, K), T of N vectors with K candidates each. positives: (N, K) bool, true where the pair is of one image
     (P), at least once in each row, false where it is of two (Q), equally often in each row.
-    estimator: "dv" and "infonce" are lower bounds in nats; infonce adds log(1 + negatives of a row), which it cannot
-    exceed, to the equation. "jsd" at its best is 2 JS(P, Q) - log 4, so within [-log 4, 0]. Where T is constant dv and
-    infonce are 0 and, of T = 0, jsd is -log 4: the chance levels.
+    estimator: "dv" and "infonce" bound it from below, in nats, where the pairs of Q are independent draws (the places
+    of one image are not); infonce adds log(1 + negatives of a row), which it cannot exceed, to the equation. "jsd" at
+    its best is 2 JS(P, Q) - log 4, so within [-log 4, 0]. Where T is constant dv and infonce are 0 and, of T = 0, jsd
+    is -log 4: the chance levels.
     """
     scores = scores.float()
+    if estimator == "infonce":
+        others = scores.masked_fill(positives, -math.inf).logsumexp(dim=1, keepdim=True)      # (N, 1)
+        log_softmax = scores - torch.logaddexp(scores, others)                # (N, K), of a positive and the negatives
+        return log_softmax[positives].mean() + math.log(1 + int((~positives[0]).sum()))
     real, fake = scores[positives], scores[~positives]
     if estimator == "dv":
         return real.mean() - (fake.logsumexp(dim=0) - math.log(len(fake)))
-    if estimator == "jsd":
-        return -F.softplus(-real).mean() - F.softplus(fake).mean()
-    negatives = scores.masked_fill(positives, -math.inf).logsumexp(dim=1, keepdim=True)       # (N, 1)
-    log_softmax = scores - torch.logaddexp(scores, negatives)                 # (N, K), of a positive and the negatives
-    return log_softmax[positives].mean() + math.log(1 + len(fake) // len(scores))
+    return -F.softplus(-real).mean() - F.softplus(fake).mean()
 
 
 def inner_products(a, b):
@@ -320,7 +321,7 @@ def arguments(argv):
     add("--image-size", type=cli.number(int, 8, True), default=32, help="side of the images, pixels")
     add("--objective", choices=("local", "global", "both", "multiscale"), default="local",
         help="DIM's mutual information of Y with each place, with all of the map, with both; or AMDIM")
-    add("--estimator", choices=("jsd", "infonce", "dv"), default="jsd", help="of DIM's mutual information")
+    add("--estimator", choices=("jsd", "infonce", "dv"), default="jsd", help="DIM's; AMDIM has infonce")
     add("--critic", choices=("dot", "concat"), default="dot", help="DIM's T: encode-and-dot, concat-and-convolve")
     add("--views", type=int, choices=(1, 2), default=1,
         help="DIM of each image itself, or of two augmented views, Y of one and the places of the other (AMDIM: 2)")
@@ -346,6 +347,8 @@ def arguments(argv):
         if args.image_size % 32 or (args.image_size // 32).bit_count() > 1:
             raise Refusal(f"--image-size {args.image_size} does not end in maps of 7 and 5: --objective multiscale "
                           f"takes 32, 64, 128 ...")
+        if args.units < 4 * args.width:
+            raise Refusal(f"--units {args.units} is less than the encoder's channels, 4 times --width {args.width}")
     elif args.alpha == args.beta == 0:
         raise Refusal("--alpha 0 with --beta 0 leaves no objective: give one of them a weight")
     elif args.arch == "conv" and args.image_size % 8:
@@ -431,9 +434,9 @@ def main(argv=None):
     x, rng = data.train.at(data.train.some(32)), augment.Random(args.seed)
     views = augmented(x, rng, args.image_size, args.views).chunk(args.views)
     run.write("views.png", lambda path: pictures.rows(path, *views))
-    rows = {"": 1} if multiscale else {"": "fc", " conv": "conv", " Y": "Y"}
+    rows, untrained = {"": 1} if multiscale else {"": "fc", " conv": "conv", " Y": "Y"}, new_model()
     encoders = {f"{kind}{row}": judged(m, layer) for row, layer in rows.items()
-                for kind, m in (("untrained", new_model()), ("trained", model))}
+                for kind, m in (("untrained", untrained), ("trained", model))}
     return run.finish(data, encoders, device, ("linear", "knn", "mlp"))
 
 

@@ -38,7 +38,8 @@ from common.transformer import Block, init_weights
 def nearest(pixels, palette):
     """(M, 3) colours to the (M,) indices of the nearest of the palette's (V, 3), by Euclidean distance."""
     half = palette.square().sum(dim=1) / 2                                    # |x - p|^2 / 2 = half - x.p + ...
-    return torch.cat([torch.addmm(half, x, palette.T, alpha=-1).argmin(dim=1) for x in pixels.split(2**16)])
+    with torch.autocast(pixels.device.type, enabled=False):                   # bf16 would take other colours
+        return torch.cat([torch.addmm(half, x, palette.T, alpha=-1).argmin(dim=1) for x in pixels.split(2**16)])
 
 
 def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=30):

@@ -187,7 +187,7 @@ class Decoder(Dataset):
             return self.to_pixels(item[0])                                    # (image, label) of torchvision
         except Exception as error:                                            # Pillow's decoders raise all sorts
             what = item if isinstance(item, (str, Path)) else f"image {i}"
-            return f"{what} cannot be read as an image ({error}): mend it or take it out of the data set"
+            return f"{what} cannot be read as an image ({error}): mend it or leave it out"
 
 
 class Stack(Dataset):

@@ -44,7 +44,7 @@ def gather(x):
         return x
     parts = dist_nn.all_gather(x.contiguous())
     for part in parts:
-        if part.requires_grad:                                                # gloo sends a transposed gradient as it lies
+        if part.requires_grad:                                                # gloo sends a transposed one as it lies
             part.register_hook(lambda gradient: gradient.contiguous())
     return torch.cat(parts)
 

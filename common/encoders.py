@@ -18,7 +18,8 @@ def settings(folder, method=None):
         told = json.loads((Path(folder) / "args.json").read_text())
         found, args = told["method"], Namespace(**told["settings"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise Refusal(f"{folder}: no run there, {Path(folder) / 'args.json'} is missing or damaged") from None
+        raise Refusal(f"{folder}: no run there, {Path(folder) / 'args.json'} is missing or damaged: name the folder "
+                      f"that a script has made") from None
     if method not in (None, found):
         raise Refusal(f"{folder} is a run of {found}.py, not of {method}.py")
     return found, args
@@ -45,7 +46,10 @@ def load(folder, device, trained=True):
     method, args = settings(folder)
     state = weights(folder, "encoder.pt")
     torch.manual_seed(args.seed)
-    module = importlib.import_module(method).encoder(args)
+    try:
+        module = importlib.import_module(method).encoder(args)
+    except ModuleNotFoundError:
+        raise Refusal(f"{folder} is a run of {method}.py, which has to lie beside common/ to read it") from None
     if not trained:
         state = {**module.state_dict(), **{name: state[name] for name in ("palette", "first_pixel") if name in state}}
     try:

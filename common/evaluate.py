@@ -30,13 +30,14 @@ def arguments(argv):
     add("run", metavar="RUN", help="folder of a finished run")
     add("--dataset", choices=NAMES, default=None, help="what to judge it on; by default what it was trained on")
     add("--data-dir", default=None, metavar="DIR", help="folder of downloads or of your images; by default the run's")
-    add("--labels", nargs="+", type=cli.number(float, 0, high=1), default=[], metavar="SHARE",
+    add("--labels", nargs="+", type=cli.number(float, 0, high=1), default=None, metavar="SHARE",
         help="probe with these shares of the labels, too, e.g. 0.01 0.1")
     add("--draws", type=cli.count, default=5, help="draws of labels for each share")
     add("--finetune", action="store_true", help="fine-tune the encoder on the labels, beside the same from scratch")
     add("--frozen-stages", type=cli.count_or_zero, default=0, help="first stages that --finetune leaves as they are")
     add("--steps", type=cli.count, default=500, help="steps of --finetune, 64 images each")
-    add("--ood", nargs="+", default=[], metavar="D", help="data sets, or folders of images, to tell from the run's own")
+    add("--ood", nargs="+", default=None, metavar="D",
+        help="data sets, or folders of images, to tell from the run's own")
     add("--blocks", action="store_true", help="a linear probe on each block of a GCRL, and its picture blocks.png")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision, as in training")
@@ -62,17 +63,19 @@ def main(argv=None):
     def open_data(name, folder):
         return load(name, folder, settings.image_size, device, args.workers, args.cache_gb, settings.seed)
 
-    name = args.dataset or settings.dataset
-    own_folder = (getattr(settings, "views_dir", None) or settings.data_dir) if name == settings.dataset else "data"
-    data = open_data(name, args.data_dir or own_folder)
-    outside = {}
-    for other in args.ood:
+    name, views = args.dataset or settings.dataset, getattr(settings, "views_dir", None)
+    if views and (args.ood or args.data_dir or name != settings.dataset):
+        raise Refusal(f"{args.run} has views of its own (--views-dir): it can be judged on these alone")
+    downloads = "data" if settings.dataset == "folder" else settings.data_dir
+    place = args.data_dir or views or (settings.data_dir if name == settings.dataset else downloads)
+    data, outside = open_data(name, place), {}
+    for other in args.ood or ():
         try:
-            strange = open_data(other, args.data_dir or "data") if other in NAMES[:-1] else open_data("folder", other)
+            strange = open_data(other, downloads) if other in NAMES[:-1] else open_data("folder", other)
         except Refusal as refusal:
             raise Refusal(f"--ood {other}: {refusal}") from None
         outside[other] = strange.test or strange.train
-    if not data.labelled and (args.labels or args.finetune or not (args.ood or args.blocks)):
+    if not data.labelled and (args.labels or args.finetune or args.blocks or not args.ood):
         raise Refusal(f"there is nothing to judge the classes by: {data.unlabelled}; --ood needs no labels")
 
     def encode(module):
@@ -84,10 +87,11 @@ def main(argv=None):
     path, found = Path(args.run) / "evaluation.json", {}
     if path.exists():
         found = json.loads(path.read_text())
-    result = found.setdefault(name, {})
+    result = found.setdefault(f"{name} {args.data_dir}" if args.data_dir else name, {})
 
     def keep(**more):
-        result.update(more)
+        for key, values in more.items():
+            result[key] = {**result.get(key, {}), **values}
         write_file(path, lambda part: part.write_text(json.dumps(found) + "\n"))
 
     x = {}
@@ -99,7 +103,7 @@ def main(argv=None):
     if args.labels:
         keep(labels=few_labels(data, x, args.labels, args.draws))
     if args.finetune:
-        keep(finetune=fine_tuned(data, module, untrained, args, autocast))
+        keep(finetune=fine_tuned(data, module, untrained, args, amp))
     if outside:
         likelihood = gcrl_likelihood(args.run, device, autocast) if method == "gcrl" and settings.alpha > 0 else None
         keep(ood=strangers(data, x.get("trained"), (encode(module), module), outside, likelihood))
@@ -134,7 +138,7 @@ def shown(accuracy):
     return f"{100 * accuracy['mean']:9.1f} +- {100 * accuracy['deviation']:3.1f}"
 
 
-def fine_tuned(data, module, untrained, args, autocast):
+def fine_tuned(data, module, untrained, args, amp):
     """{share: {"finetuned", "scratch": mean and deviation, "draws"}}: of --labels, or once of all labels; printed."""
     stages = module.stages()
     weights = [sum(p.numel() for part in stage for p in ([part] if torch.is_tensor(part) else part.parameters()))
@@ -147,7 +151,7 @@ def fine_tuned(data, module, untrained, args, autocast):
     for share in args.labels or [1.0]:
         drawn = [balanced(data.labelled.labels, share, seed) for seed in range(args.draws if share < 1 else 1)]
         accuracy = {row: mean_and_deviation([
-            finetune(copy.deepcopy(start), data.labelled, index, data.test, frozen, autocast, args.steps, seed=seed)
+            finetune(copy.deepcopy(start), data.labelled, index, data.test, frozen, amp, args.steps, seed=seed)
             for seed, index in enumerate(drawn)])
             for row, start, frozen in (("finetuned", module, args.frozen_stages), ("scratch", untrained, 0))}
         print(f"{f'{100 * share:g} %, draws {len(drawn)}':34}{len(drawn[0]):8}" +
@@ -162,34 +166,42 @@ def fine_tuned(data, module, untrained, args, autocast):
 
 def strangers(data, labelled_x, encoder, outside, likelihood):
     """{outside: {score: {"auroc", "aupr", "fpr95"}}} of the data set's own test images against each outside, printed.
+    Without test images the scores are fitted without a tenth of the training images, which stand for them.
 
     labelled_x: features of the labelled and of the test images, or None without labels. encoder: (encode, module).
-    likelihood: None, or a function of uint8 images that gives log p in nats.
+    likelihood: None, or two functions of uint8 images: log p in nats, and the images in the palette's colours.
     """
-    encode, module = encoder
-    inside = data.test or data.train
-    train_x = linear_probe.features(encode, data.train, module)
+    def encoded(images):
+        return linear_probe.features(encoder[0], images, encoder[1])          # (N, D)
+    train_x = encoded(data.train)
+    if not data.test:
+        order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0))
+        held, kept = order[: len(order) // 10], order[len(order) // 10 :]
+        own_x, train_x = train_x[held.to(train_x.device)], train_x[kept.to(train_x.device)]
+    if labelled_x:
+        probe_x, y = labelled_x[0], data.labelled.labels
+        weights = linear_probe.chosen_fit(linear_probe.standardised(probe_x, probe_x)[0], y, int(y.max()) + 1)
 
-    def scores(images):
-        """{name: (N,)}, higher for stranger images."""
-        x, found = linear_probe.features(encode, images, module), {}
+    def scores(x, images):
+        """{name: (N,)}, higher for stranger images, of features x (N, D)."""
+        found = {}
         if labelled_x:
-            probe_x, y = labelled_x[0], data.labelled.labels
-            standard_x, standard = linear_probe.standardised(probe_x, x)
-            weights = linear_probe.chosen_fit(standard_x, y, int(y.max()) + 1)
+            standard = linear_probe.standardised(probe_x, x)[1]
             found["probability, of the probe"] = ood.uncertainty(linear_probe.logits(standard, weights))
             found["Mahalanobis, of class means"] = ood.mahalanobis(probe_x, x, y)
         found["Mahalanobis, no labels"] = ood.mahalanobis(train_x, x)
         found["kNN distance, no labels"] = ood.knn_distance(train_x, x)
-        if likelihood:
-            nats = -linear_probe.features(likelihood, images, batch_size=128).double().cpu()
-            bits = linear_probe.features(lambda batch: ood.complexity(batch)[:, None], images)[:, 0].cpu()
+        if likelihood and data.test:                                          # of training images it would be too high
+            log_prob, seen = likelihood
+            nats = -linear_probe.features(log_prob, images, batch_size=128).double().cpu()
+            bits = linear_probe.features(lambda batch: ood.complexity(seen(batch))[:, None], images)[:, 0].cpu()
             found["likelihood, no labels"] = nats
             found["likelihood less complexity"] = nats / math.log(2) - bits
         return {name: score.cpu() for name, score in found.items()}
-    own, results = scores(inside), {}
+
+    own, results = scores(encoded(data.test) if data.test else own_x, data.test), {}
     for name, images in outside.items():
-        theirs, results[name] = scores(images), {}
+        theirs, results[name] = scores(encoded(images), images), {}
         print(f"\n{'strange: ' + name:34}{'AUROC':>8}{'AUPR':>8}{'FPR95':>8}")
         for score in own:
             measures = {"auroc": ood.auroc, "aupr": ood.aupr, "fpr95": ood.fpr}
@@ -202,7 +214,8 @@ def strangers(data, labelled_x, encoder, outside, likelihood):
 
 
 def gcrl_likelihood(folder, device, autocast):
-    """A function of uint8 (N, 3, S, S) that gives log p of their tokens but the first, nats: (N,)."""
+    """Two functions of uint8 (N, 3, S, S): log p of their tokens but the first, nats (N,), and the images uint8 in the
+    colours of the palette, which is what the tokens say of them."""
     script = importlib.import_module("gcrl")
     model = script.trained(folder, device)
 
@@ -210,7 +223,10 @@ def gcrl_likelihood(folder, device, autocast):
     def log_prob(x):
         with autocast:
             return model.log_prob(script.quantise(x, model.palette))
-    return log_prob
+
+    def seen(x):
+        return (255 * script.dequantise(script.quantise(x, model.palette), model.palette)).round().byte()
+    return log_prob, seen
 
 
 def by_block(data, folder, device, autocast):

@@ -26,14 +26,16 @@ def freeze(module, stages):
     return [part for part in parts if isinstance(part, nn.Module)]
 
 
-def finetune(module, images, index, test, frozen_stages, autocast, steps=500, batch_size=64, lr=1e-3, seed=0):
+def finetune(module, images, index, test, frozen_stages, amp=None, steps=500, batch_size=64, lr=1e-3, seed=0):
     """Test accuracy in [0, 1] of a linear classifier on the encoder, both trained on the images of `index`.
 
     module: maps RGB (N, 3, S, S) in [0, 1] to features (N, D); trained in place, but for its first stages. images,
-    test: `Images` with labels. Flips and shifts by an eighth of the side; AdamW, the rate falling to 0 by a cosine.
-    What is trained from scratch has the same recipe, so that the two differ by where they start.
+    test: `Images` with labels. amp: the dtype of autocast, or None. Flips and shifts by an eighth of the side; AdamW,
+    the rate falling to 0 by a cosine. What is trained from scratch has the same recipe, so that the two differ by where
+    they start.
     """
     device, classes = images.device, int(torch.cat([images.labels, test.labels]).max()) + 1
+    autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     frozen, rng = freeze(module, frozen_stages), augment.Random(seed)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -42,7 +44,7 @@ def finetune(module, images, index, test, frozen_stages, autocast, steps=500, ba
     trained = [p for p in (*module.parameters(), *head.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=autocast.fast_dtype == torch.float16 and device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     module.train()
     for part in frozen:
         part.eval()

@@ -33,7 +33,8 @@ def chosen_fit(train_x, train_y, classes):
 
 
 def standardised(train_x, test_x):
-    mean, deviation = train_x.float().mean(dim=0), train_x.float().std(dim=0).clamp(min=1e-6)
+    mean, deviation = train_x.float().mean(dim=0), train_x.float().std(dim=0)
+    deviation = torch.where(deviation > 1e-6, deviation, 1.0)                 # a feature that is dead in training
     return (train_x.float() - mean) / deviation, (test_x.float() - mean) / deviation
 
 

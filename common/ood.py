@@ -80,7 +80,8 @@ def knn_distance(train_x, x, k=50):
 
 def complexity(images):
     """Bits of each image uint8 (M, 3, H, W) as a PNG: (M,) float64. Serra et al. 2019 (1909.11480) take such a length
-    for the image's complexity, and -log2 p(x) less it for how strange the image is."""
+    for the image's complexity, and -log2 p(x) less it for how strange the image is. Images as p's model sees them.
+    """
     def bits(image):
         file = io.BytesIO()
         to_pil_image(image).save(file, "PNG", optimize=True)

@@ -38,7 +38,7 @@ ROWS = {
     "DIM, local": f"{DIM} --objective local",
     "DIM, global": f"{DIM} --objective global",
     "DIM, both": f"{DIM} --objective both",
-    "AMDIM": "dim.py --objective multiscale --image-size 32 --width W --units 128 --depth 1 --lr 0.001",
+    "AMDIM": "dim.py --objective multiscale --image-size 32 --width W --units 512 --depth 1 --lr 0.001",
     "GCRL, generative": "gcrl.py --alpha 1 --beta 0",
     "GCRL, contrastive": "gcrl.py --alpha 0 --beta 1",
     "GCRL, hybrid": "gcrl.py --alpha 1 --beta 1",
@@ -89,16 +89,23 @@ def measure(row, seed, args):
     key = data[1]
     evaluation = folder / "evaluation.json"
     judged = json.loads(evaluation.read_text()).get(key, {}) if evaluation.exists() else {}
-    if "labels" not in judged or "ood" not in judged:
+    if not (set(map(str, args.labels)) <= judged.get("labels", {}).keys() and set(args.ood) <= judged.get(
+            "ood", {}).keys()):
         run(["-m", "common.linear_probe", str(folder), "--labels", *map(str, args.labels), "--ood", *args.ood], log)
-    if row in ("GCRL, generative", "GCRL, hybrid") and not list(folder.glob("distances-*.json")):
-        run(["gcrl.py", "--sample", str(folder), "--samples", str(budget["samples"]), "--frechet",
-             str(args.out / f"simclr-{seed}")], log)
     judged = json.loads(evaluation.read_text())[key]
-    distance = next((json.loads(p.read_text())["frechet"] for p in folder.glob("distances-*.json")), None)
     print(f"{row}, seed {seed}: linear {100 * judged['linear']['trained']:.1f}", flush=True)
     shown = shlex.join(words[:-2]).replace(place, "DIR")
-    return dict(result=json.loads((folder / "result.json").read_text()), judged=judged, frechet=distance, command=shown)
+    return dict(result=json.loads((folder / "result.json").read_text()), judged=judged, frechet=None, command=shown,
+                folder=folder)
+
+
+def frechet(folder, seed, args):
+    """The Frechet distances of a generative run's samples, by the features of SimCLR's run, where there is one."""
+    simclr = args.out / f"simclr-{seed}"
+    if simclr.exists() and not list(folder.glob("distances-*.json")):
+        run(["gcrl.py", "--sample", str(folder), "--samples", str(BUDGETS[args.budget]["samples"]), "--frechet",
+             str(simclr)], folder.with_suffix(".log"))
+    return next((json.loads(path.read_text())["frechet"] for path in folder.glob("distances-*.json")), None)
 
 
 def mean(values, scale=1.0, digits=1):
@@ -162,6 +169,9 @@ def main():
     jobs = [(row, seed) for seed in range(args.seeds) for row in args.rows]
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(jobs, pool.map(lambda job: measure(*job, args), jobs)))
+    for (row, seed), measured in found.items():
+        if row in ("GCRL, generative", "GCRL, hybrid"):
+            measured["frechet"] = frechet(measured["folder"], seed, args)
     text = tables({row: [found[row, seed] for seed in range(args.seeds)] for row in args.rows}, args)
     (args.out / "table.md").write_text(text)
     print(f"\n{text}\nwritten to {args.out / 'table.md'}")

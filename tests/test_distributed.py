@@ -22,7 +22,7 @@ CASES = {  # at a high rate batch norm amplifies rounding, and Adam takes whole 
     "cmc end-to-end": "--width 4 --lr 0.001 --warmup 0 --batch-size 200 --dictionary end-to-end",
     "cpc": "--width 4 --context-width 8 --lr 0.0002 --image-size 20",
     "dim": "--width 4 --units 8 --lr 0.0002 --objective both",
-    "dim multiscale": "--width 4 --units 8 --lr 0.0002 --objective multiscale --depth 1 --image-size 32",
+    "dim multiscale": "--width 2 --units 8 --lr 0.0002 --objective multiscale --depth 1 --image-size 32",
     "gcrl": "--width 8 --heads 2 --encoder-layers 1 --decoder-layers 1 --colours 4 --lr 0.0002",
 }
 PROGRAM = """

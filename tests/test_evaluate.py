@@ -11,6 +11,7 @@ import torch
 import torchvision
 from PIL import Image
 
+import gcrl
 from common import encoders, evaluate, linear_probe, ood, resnet
 from common.cli import Refusal
 from common.data import Images
@@ -124,7 +125,7 @@ def test_frozen_stages_stay_bitwise(frozen):
     torch.manual_seed(0)
     module = resnet.resnet18("cifar", 4)
     before, expected = copy.deepcopy(module.state_dict()), torch.random.get_rng_state()
-    finetune(module, striped(40, 0), torch.arange(40), striped(20, 1), frozen, OFF, steps=3, batch_size=8)
+    finetune(module, striped(40, 0), torch.arange(40), striped(20, 1), frozen, steps=3, batch_size=8)
     assert torch.equal(expected, torch.random.get_rng_state())
     still = {name for name, value in module.state_dict().items() if torch.equal(value, before[name])}
     names = [["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]]
@@ -135,7 +136,7 @@ def test_frozen_stages_stay_bitwise(frozen):
 def test_finetuning_learns():
     torch.manual_seed(0)
     train, test = striped(100, 0), striped(60, 1)
-    assert finetune(resnet.resnet18("cifar", 4), train, torch.arange(100), test, 0, OFF, steps=60, batch_size=20) > 0.9
+    assert finetune(resnet.resnet18("cifar", 4), train, torch.arange(100), test, 0, steps=60, batch_size=20) > 0.9
 
 
 def test_stages_hold_every_weight(finished, script):
@@ -217,11 +218,21 @@ def test_gcrl_by_depth(finished, here):
 def test_likelihood_is_the_runs(finished):
     """Of test images, its mean is result.json's nats."""
     run = finished("gcrl")
-    log_prob = evaluate.gcrl_likelihood(run.folder, CPU, OFF)
+    log_prob, seen = evaluate.gcrl_likelihood(run.folder, CPU, OFF)
     args = encoders.settings(run.folder)[1]
     data = evaluate.load("folder", args.data_dir, args.image_size, CPU, 0, 1.0)
     nats = -linear_probe.features(log_prob, data.test).mean().item() / (args.image_size**2 - 1)
     assert nats == pytest.approx(run.metrics["nats"], rel=1e-4)
+    x = seen(data.test.at(torch.arange(10)))
+    assert x.dtype == torch.uint8 and len(x.permute(0, 2, 3, 1).reshape(-1, 3).unique(dim=0)) <= args.colours
+
+
+def test_autocast_leaves_the_tokens():
+    """In bf16 many pixels would have another nearest colour."""
+    x, palette = torch.rand(4, 3, 16, 16), torch.rand(64, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = gcrl.quantise(x, palette)
+    assert torch.equal(tokens, gcrl.quantise(x, palette))
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -251,8 +262,31 @@ def test_empty_and_unlabelled_folders(here, finished, images):
     with pytest.raises(Refusal, match="--ood empty.*no images"):
         judge(here / "run", "--ood", "empty")
     assert judge(here / "run", "--ood", images / "train" / "red")["ood"]
-    with pytest.raises(Refusal, match="has no train/CLASS folders"):
-        judge(here / "run", "--data-dir", images / "train" / "red")
+    plain = images / "train" / "red"
+    for flags in ([], ["--labels", 0.5], ["--finetune"]):
+        with pytest.raises(Refusal, match="has no train/CLASS folders"):
+            judge(here / "run", "--data-dir", plain, *flags)
+    strange = judge(here / "run", "--data-dir", plain, "--ood", "patterns")["ood"]["patterns"]
+    assert strange.keys() == {"Mahalanobis, no labels", "kNN distance, no labels"}
+
+
+def test_results_are_added(here, finished):
+    """A later judgement leaves what an earlier one found; another folder has an entry of its own."""
+    shutil.copytree(finished("simclr").folder, here / "run")
+    judge(here / "run", "--ood", "patterns", "--labels", 0.5)
+    result = judge(here / "run", "--ood", "shapes", "--labels", 0.2)
+    assert result["ood"].keys() == {"patterns", "shapes"} and result["labels"].keys() == {"0.5", "0.2"}
+
+
+def test_views_of_ones_own_are_judged_on_themselves(here, finished):
+    shutil.copytree(finished("cmc").folder, here / "run")
+    told = json.loads((here / "run" / "args.json").read_text())
+    told["settings"]["views_dir"] = ["a", "b"]
+    (here / "run" / "args.json").write_text(json.dumps(told))
+    state = {f"nets.{i}.{k}": v for i in (0, 1) for k, v in resnet.resnet18("cifar", 4).state_dict().items()}
+    torch.save(state, here / "run" / "encoder.pt")
+    with pytest.raises(Refusal, match="--views-dir"):
+        judge(here / "run", "--ood", "patterns")
 
 
 # ---- detection and segmentation
