@@ -193,7 +193,7 @@ def tenths(step, steps):
 # ---- arguments
 
 DEFAULTS = {  # of a data set or a dictionary, where they differ from those below
-    "shapes": dict(image_size=16, width=16, epochs=40, batch_size=128, crop_min=0.4, augmentation="v1", lr=0.2, tau=0.2,
+    "shapes": dict(image_size=16, width=16, epochs=45, batch_size=128, crop_min=0.4, augmentation="v1", lr=0.2, tau=0.2,
                    negatives=256, bn_groups=4),
     "stl10": dict(image_size=96),
     "fashionmnist": dict(image_size=28),
