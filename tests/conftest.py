@@ -32,10 +32,11 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def short_mlp():
-    """In whole runs the MLP of DIM's seven rows would take most of the time."""
+def short_probes():
+    """In whole runs the probes would take most of the time; tests/test_linear_probe.py has them as they are."""
     from common import linear_probe
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_probe, "L2", (1e-2,))
         patch.setitem(linear_probe.MEASURES, "mlp", functools.partial(linear_probe.mlp, steps=3))
         yield
 
