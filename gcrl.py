@@ -16,64 +16,17 @@ nats: --alpha D-1 is the equation to the letter. Widths, depths, temperature and
     python gcrl.py --dataset cifar10 --alpha 1 --beta 1     # hybrid; --beta 0: generative; --alpha 0: contrastive
     python gcrl.py --sample RUN --temperature 0.9           # draws from a saved run
 """
-import argparse
-import io
-import itertools
-import json
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import augment, cli, distributed, encoders, frechet, linear_probe, pictures
-from common.data import NAMES, Decoder, Images, ToPixels, epoch_order, load, steps_per_epoch
-from common.run import Progress, Run, cosine, parse, set_rate, spread, write_file
+from common import augment, cli, distributed, drawing, encoders, linear_probe, pictures
+from common.data import NAMES, epoch_order, load, steps_per_epoch
+from common.palette import dequantise, fit_palette, quantise
+from common.run import Progress, Run, cosine, parse, set_rate, spread
 from common.transformer import Block, init_weights
-
-# ---- palette: pixels as tokens (iGPT, Chen et al. 2020)
-
-
-def nearest(pixels, palette):
-    """(M, 3) colours to the (M,) indices of the nearest of the palette's (V, 3), by Euclidean distance."""
-    half = palette.square().sum(dim=1) / 2                                    # |x - p|^2 / 2 = half - x.p + ...
-    with torch.autocast(pixels.device.type, enabled=False):                   # bf16 would take other colours
-        return torch.cat([torch.addmm(half, x, palette.T, alpha=-1).argmin(dim=1) for x in pixels.split(2**16)])
-
-
-def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=30):
-    """k-means (Lloyd's, k-means++ start) of the images' RGB values: (V, 3) floats in [0, 1].
-
-    images: (N, 3, H, W) uint8, or floats in [0, 1]; `pixels` of theirs are drawn. V is less where those have less.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    x = (images / 255 if images.dtype == torch.uint8 else images).permute(0, 2, 3, 1).reshape(-1, 3)
-    x = x[torch.randperm(len(x), generator=generator)[:pixels]]
-    num_colours = min(num_colours, len(x.unique(dim=0)))
-    palette = x[:1]
-    distance = torch.full((len(x),), math.inf)
-    while len(palette) < num_colours:                                         # far colours are likelier to be drawn
-        distance = torch.minimum(distance, (x - palette[-1]).square().sum(dim=1))
-        palette = torch.cat([palette, x[torch.multinomial(distance, 1, generator=generator)]])
-    for _ in range(iterations):
-        token = nearest(x, palette)
-        count = torch.bincount(token, minlength=num_colours)[:, None]
-        mean = torch.zeros_like(palette).index_add_(0, token, x) / count
-        palette = torch.where(count > 0, mean, palette)                       # an empty cluster stays
-    return palette
-
-
-def quantise(x, palette):
-    """Images (N, 3, H, W), uint8 or floats in [0, 1], to tokens (N, H, W), indices into the palette (V, 3)."""
-    pixels = (x / 255 if x.dtype == torch.uint8 else x).permute(0, 2, 3, 1)   # (N, H, W, 3)
-    return nearest(pixels.reshape(-1, 3), palette).view(pixels.shape[:3])
-
-
-def dequantise(tokens, palette):
-    """Tokens (N, H, W) to floats (N, 3, H, W) in [0, 1]."""
-    return palette[tokens].permute(0, 3, 1, 2)
-
 
 # ---- augmentation
 
@@ -242,8 +195,6 @@ DEFAULTS = {  # of a data set, where they differ from those below
     "shapes": dict(image_size=12, colours=2, width=64, encoder_layers=1, decoder_layers=1, heads=4, crop_min=0.4,
                    jitter=0.3, epochs=9, batch_size=32, lr=2.5e-3),
 }
-DRAWING = dict(temperature=1.0, top_k=None, samples=None, complete=[], frechet=None)           # with --sample
-FREE_TO_DRAW = {"seed", "device", "workers", "data_dir", "cache_gb"}          # of the run's settings, with --sample
 
 
 def arguments(argv):
@@ -268,41 +219,14 @@ def arguments(argv):
     add("--weight-decay", type=cli.nonnegative, default=0.01, help="AdamW's decay of all weights but biases and norms")
     add("--tau", type=cli.positive, default=0.2, help="temperature of the contrastive loss")
     cli.add_run_flags(parser)
-    add = parser.add_argument_group("drawing", "from a saved run, with --sample",
-                                    argument_default=argparse.SUPPRESS).add_argument
-    add("--sample", metavar="RUN", help="trains nothing: draws from the run in this folder, with its settings and "
-        "into this folder; --seed is then that of the draws")
-    add("--temperature", type=cli.number(float, 1e-3, True), help="divides the logits (default: 1.0)")
-    add("--top-k", type=cli.count, help="draws among the likeliest so many colours (default: all)")
-    add("--samples", type=cli.count, help="images to draw; a picture has 500 at most (default: 64, with --frechet 500)")
-    add("--complete", nargs="+", metavar="IMAGE", help="your images, the lower half of each drawn anew, six times")
-    add("--frechet", metavar="RUN", help="Frechet distance of samples and test images in the features of this run, of "
-        "any script, beside that of two halves of the test images: of equally many, at most half of the test images")
-    args = parse(parser, argv, DEFAULTS)
-    if "sample" in args:
-        return drawing_arguments(parser, argv, args.sample)
-    alone = [name for name in DRAWING if name in args]
-    if alone:
-        raise cli.Refusal(f"--{alone[0].replace('_', '-')} only goes with --sample RUN, the run to draw from")
+    drawing.add_flags(parser)
+    args = drawing.arguments(parser, argv, parse(parser, argv, DEFAULTS))
     if args.alpha == args.beta == 0:
         raise cli.Refusal("--alpha 0 --beta 0 leaves nothing to learn: give one of them a weight")
     if args.width % args.heads:
         raise cli.Refusal(f"--heads {args.heads} does not divide --width {args.width}")
-    return args
-
-
-def drawing_arguments(parser, argv, folder):
-    """The arguments of --sample: the settings of the run in `folder`, and what the flags say of drawing."""
-    stored = vars(encoders.settings(folder, "gcrl")[1])
-    parser.set_defaults(**stored, **DRAWING)
-    args = parser.parse_args(None if argv is None else [str(a) for a in argv])
-    changed = [k for k in stored if k not in FREE_TO_DRAW and getattr(args, k) != stored[k]]
-    if changed:
-        raise cli.Refusal(f"--{changed[0].replace('_', '-')} cannot change with --sample (the run has "
-                          f"{stored[changed[0]]}): leave it out")
-    if args.alpha == 0:
-        raise cli.Refusal(f"--sample {folder}: that run has --alpha 0, so its decoder was not trained to draw")
-    args.data_seed = stored["seed"]
+    if "sample" in args and args.alpha == 0:
+        raise cli.Refusal(f"--sample {args.sample}: that run has --alpha 0, so its decoder was not trained to draw")
     return args
 
 
@@ -413,63 +337,19 @@ def main(argv=None):
 
 def trained(folder, device):
     """The model of the run in `folder`, as last saved, in eval mode. Raises Refusal where there is none."""
-    args, state = encoders.settings(folder, "gcrl")[1], encoders.weights(folder, "checkpoint.pt")
+    args, path = encoders.settings(folder, "gcrl")[1], "checkpoint.pt"
     model = GCRL(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
-    try:
-        model.load_state_dict(state["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise cli.Refusal(f"{folder}/checkpoint.pt is not of that run's model ({str(error).splitlines()[0]}): it was "
-                          f"made by another run or another version of gcrl.py") from None
-    return model.to(device).eval()
+    return encoders.fill(model, encoders.weights(folder, path).get("model", {}), f"{folder}/{path}").to(device).eval()
 
 
-@torch.no_grad()
 def draw(args):
-    """--sample: draws, writes the pictures beside what the run's folder holds, prints and returns the distances."""
+    """--sample: writes what the run in args.sample draws into its folder, and returns the distances."""
     device, size = cli.pick_device(args.device), args.image_size
-    model, judge = trained(args.sample, device), args.frechet and encoders.load(args.frechet, device)
-    given = args.complete and Images(Decoder(args.complete, ToPixels(size)), None, device, 0, True).pixels
-
-    def sample(tokens, rows=0):
-        """Images (N, 3, S, S): the first rows those of the tokens (N, S, S), the rest drawn; 64 at once, for memory."""
-        generator = torch.Generator(device).manual_seed(args.seed)
-        return dequantise(torch.cat([model.sample(len(part), args.temperature, args.top_k, part, rows, generator)
-                                     for part in tokens.split(64)]), model.palette)
-
-    def seen(x):                                                              # uint8 in the palette's colours
-        return dequantise(quantise(x.to(device), model.palette), model.palette)
-
-    def keep(name, suffix, content):
-        """A file of bytes, of a free name: same settings, same bytes, same file; but nothing else is overwritten."""
-        name += f"-T{args.temperature}-k{args.top_k or 'all'}-seed{args.seed}"
-        for number in itertools.count(1):
-            path = Path(args.sample) / f"{name}{f'-{number}' if number > 1 else ''}{suffix}"
-            if not path.exists():
-                write_file(path, lambda part: part.write_bytes(content))
-            if path.read_bytes() == content:
-                return print(path, flush=True)
-
-    def picture(name, images, columns):
-        pictures.tiles(file := io.BytesIO(), images, columns)
-        keep(name, ".png", file.getvalue())
-
-    n = args.samples or (500 if args.frechet else 64)
-    samples = sample(torch.zeros(n, size, size, dtype=torch.int64, device=device))
-    picture("samples", samples[:500], max(8, math.isqrt(min(n, 500))))
-    if args.complete:                                                         # a row: image, upper half, 6 completions
-        upper, tokens = seen(given), quantise(given, model.palette)
-        upper[:, :, size // 2 :] = 0.5
-        drawn = sample(tokens.repeat_interleave(6, dim=0), size // 2).unflatten(0, (-1, 6))
-        picture("completions", torch.cat([torch.stack([given / 255, upper], dim=1), drawn], dim=1).flatten(0, 1), 8)
-    data = load(args.dataset, args.data_dir, size, device, args.workers, args.cache_gb, args.data_seed)
-    gaps, beside = frechet.neighbours(samples[:64], data, seen)               # (16, 1 + k, 3, S, S)
-    picture("neighbours", beside.flatten(0, 1), beside.shape[1])
-    result = {"nearest": gaps}
-    if args.frechet:
-        result["frechet"] = {"run": args.frechet, **frechet.beside_floor(judge, samples, data.test, seen, device)}
-    print("\n" + frechet.table(result) + "\n", flush=True)
-    keep("distances", ".json", (json.dumps(result, indent=1) + "\n").encode())
-    return result
+    model = trained(args.sample, device)
+    data = args.dataset, args.data_dir, size, device, args.workers, args.cache_gb, args.data_seed
+    return drawing.draw(args.sample, model.sample, lambda x: quantise(x, model.palette),
+                        lambda tokens: dequantise(tokens, model.palette), size, data, device, args.seed,
+                        args.temperature, args.top_k, args.samples, args.complete, args.frechet)
 
 
 if __name__ == "__main__":

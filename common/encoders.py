@@ -37,6 +37,16 @@ def weights(folder, name):
         raise Refusal(f"{path} cannot be read ({reason}): train that run again") from None
 
 
+def fill(module, state, path):
+    """module with the weights `state`, read from `path`. Raises Refusal where they are of another module."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise Refusal(f"{path} is not of that run's model ({str(error).splitlines()[0]}): it was made by another run "
+                      f"or another version of the script") from None
+    return module
+
+
 def load(folder, device, trained=True):
     """(settings, module) of the run: the module takes RGB (N, 3, S, S) in [0, 1], S = settings.image_size, to features
     (N, D), in eval mode. trained=False: as it was before training (GCRL's palette, which is data, is there either way).
@@ -52,9 +62,4 @@ def load(folder, device, trained=True):
         raise Refusal(f"{folder} is a run of {method}.py, which has to lie beside common/ to read it") from None
     if not trained:
         state = {**module.state_dict(), **{name: state[name] for name in ("palette", "first_pixel") if name in state}}
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise Refusal(f"{folder}/encoder.pt is not of that run's encoder ({str(error).splitlines()[0]}): it was made "
-                      f"by another version of {method}.py") from None
-    return args, module.to(device, memory_format=torch.channels_last).eval()
+    return args, fill(module, state, f"{folder}/encoder.pt").to(device, memory_format=torch.channels_last).eval()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torchvision
 
-from common import distributed, linear_probe, pictures
+from common import distributed, encoders, linear_probe, pictures
 from common.cli import Refusal
 
 # Settings that may change on --resume: where and how fast it runs, not what is computed.
@@ -39,28 +39,30 @@ def parse(parser, argv, defaults, by=("dataset",)):
     except argparse.ArgumentError:                                            # a flag without its value
         return parser.parse_args(argv)                                        # says so
     if told.resume is not None:
-        folder = Path(told.resume)
         try:
-            stored = json.loads((folder / "args.json").read_text())
-            stored, method = dict(stored["settings"]), stored["method"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise Refusal(f"--resume {folder}: no run there, {folder / 'args.json'} is missing or damaged") from None
-        if method != Path(parser.prog).stem:
-            raise Refusal(f"--resume {folder}: that is a run of {method}.py")
-        parser.set_defaults(**stored)
-        args = parser.parse_args(argv)
-        changed = [k for k in stored if k not in FREE_ON_RESUME and getattr(args, k) != stored[k]]
-        if changed:
-            flag = "--" + changed[0].replace("_", "-")
-            raise Refusal(f"{flag} cannot change on --resume (the run has {stored[changed[0]]}): leave it out, or "
-                          f"start a new run")
-        args.out = str(folder)
+            stored = vars(encoders.settings(told.resume, Path(parser.prog).stem)[1])
+        except Refusal as refusal:
+            raise Refusal(f"--resume {refusal}") from None
+        args = stored_arguments(parser, argv, stored, FREE_ON_RESUME, "on --resume")
+        args.out = told.resume
         return args
     chosen = {getattr(told, name) for name in by}
     for values, settings in defaults.items():
         if chosen.issuperset(values.split()):
             parser.set_defaults(**settings)
     return parser.parse_args(argv)
+
+
+def stored_arguments(parser, argv, stored, free, when):
+    """The arguments of a run with the settings `stored`. argv may change those in `free`; else Refusal, which says
+    `when`."""
+    parser.set_defaults(**stored)
+    args = parser.parse_args(sys.argv[1:] if argv is None else [str(a) for a in argv])
+    changed = [name for name in stored if name not in free and getattr(args, name) != stored[name]]
+    if changed:
+        raise Refusal(f"--{changed[0].replace('_', '-')} cannot change {when} (the run has {stored[changed[0]]}): "
+                      f"leave it out, or start a new run")
+    return args
 
 
 class Run:

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import gcrl
-from common import cli, encoders
+from common import cli, drawing, encoders
 from common.cli import Refusal
+from common.data import ToPixels
 
 NAME = "-T1.0-kall-seed0"
 
@@ -95,7 +96,7 @@ def test_completions(run, photographs):
     palette = torch.load(run / "checkpoint.pt", weights_only=True)["model"]["palette"]
     for path, row in zip(photographs, rows):
         with Image.open(path) as image:
-            given = gcrl.ToPixels(8)(image)
+            given = ToPixels(8)(image)
         assert np.array_equal(row[0], given.permute(1, 2, 0))
         seen = gcrl.dequantise(gcrl.quantise(given[None], palette), palette)[0].permute(1, 2, 0)
         assert np.abs(row[1:, :4] / 255 - seen[:4].numpy()).max() <= 0.5 / 255 + 1e-6
@@ -143,15 +144,15 @@ def test_samples_need_no_data(run, photographs):
 
 def test_the_seed_is_not_the_data_sets(run, monkeypatch):
     """--seed draws other samples, beside the training images of the run's own seed."""
-    seeds, load = [], gcrl.load
-    monkeypatch.setattr(gcrl, "load", lambda *args: seeds.append(args[-1]) or load(*args))
+    seeds, load = [], drawing.load
+    monkeypatch.setattr(drawing, "load", lambda *args: seeds.append(args[-1]) or load(*args))
     gcrl.main(["--sample", run, "--samples", 2, "--seed", 9])
     assert seeds == [0]
 
 
 def test_nothing_of_it_in_a_training_run(finished):
     settings = vars(encoders.settings(finished("gcrl").folder)[1])
-    assert not {"sample", *gcrl.DRAWING} & settings.keys()
+    assert not {"sample", *drawing.DEFAULTS} & settings.keys()
 
 
 # ---- refusals

@@ -161,7 +161,7 @@ def test_resume_of_nothing(either, here, text):
 
 def test_resume_of_another_method(either, finished):
     other = "gcrl" if either is simclr else "simclr"
-    with pytest.raises(Refusal, match=f"that is a run of {other}.py"):
+    with pytest.raises(Refusal, match=f"is a run of {other}.py"):
         either.main(["--resume", finished(other).folder])
 
 
