@@ -181,13 +181,12 @@ def nce(q, k, negatives, tau, log_z, images, own=None):
     """Noise-contrastive estimation (Gutmann & Hyvarinen 2010, as Wu et al. 2018), mean over the anchors: a scalar.
 
     Telling the key from m draws of uniform noise over the n = `images`: a logistic regression on log p - log(m / n),
-    p = exp(q.k / tau) / Z. log_z: log Z. The rest as in `softmax_contrast`.
+    p = exp(q.k / tau) / Z. log_z: log Z. The rest as in `softmax_contrast`; draws that are left out are not counted.
     """
-    threshold = log_z + math.log(len(negatives) / images)
+    own = torch.zeros(len(q), len(negatives), dtype=torch.bool, device=q.device) if own is None else own
+    threshold = log_z + ((~own).sum(dim=1) / images).log()                    # (N,)
     positive = (q * k).sum(dim=1) / tau - threshold                           # (N,)
-    others = q @ negatives.T / tau - threshold                                # (N, m)
-    if own is not None:
-        others = others.masked_fill(own, -math.inf)
+    others = (q @ negatives.T / tau - threshold[:, None]).masked_fill(own, -math.inf)         # (N, m)
     return (F.softplus(-positive) + F.softplus(others).sum(dim=1)).mean()
 
 

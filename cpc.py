@@ -134,14 +134,21 @@ class CPC(nn.Module):
         return [context(z.rot90(turn, (2, 3))) for turn, context in enumerate(self.contexts)]
 
     def forward(self, patches):
-        """(N, G, G, 3, p, p) to z's mean (N, C), and for each direction and k predictions and targets, (N (G - k) G, D)
-        each."""
+        """(N, G, G, 3, p, p) to z's mean (N, C), predictions (N, directions, steps ahead, D, G, G), turned as their
+        contexts are, and targets (N, D, G, G)."""
         z = self.encoder.grid(patches)                                        # (N, C, G, G)
-        target, pairs = self.target(z), []                                    # (N, D, G, G)
-        for turn, (c, predictor) in enumerate(zip(self.context(z), self.predictors)):
-            for k, prediction in zip(self.ahead, predictor(c).chunk(len(self.ahead), dim=1)):
-                pairs.append((places(prediction[:, :, :-k]), places(target.rot90(turn, (2, 3))[:, :, k:])))
-        return z.mean(dim=(2, 3)), pairs
+        predictions = [predictor(c).unflatten(1, (len(self.ahead), -1))       # (N, steps, D, G, G)
+                       for c, predictor in zip(self.context(z), self.predictors)]
+        return z.mean(dim=(2, 3)), torch.stack(predictions, dim=1), self.target(z)
+
+
+def pairs(predictions, targets, ahead):
+    """Of each direction and each k in `ahead`, what belongs together: predictions and targets, (N (G - k) G, D) each.
+
+    predictions: (N, directions, len(ahead), D, G, G), a turn by 90 degrees between directions. targets: (N, D, G, G).
+    """
+    return [(places(predictions[:, turn, i, :, :-k]), places(targets.rot90(turn, (2, 3))[:, :, k:]))
+            for turn in range(predictions.shape[1]) for i, k in enumerate(ahead)]
 
 
 def places(x):
@@ -267,8 +274,9 @@ def main(argv=None):
                 set_rate(optimizer, args.lr * cosine(epoch * steps + step, args.epochs * steps, args.warmup))
                 views = patches(x, rng, *recipe)                              # (N, G, G, 3, patch, patch)
                 with autocast:
-                    h, pairs = net(views)
-                loss = sum(info_nce(*map(distributed.gather, pair)) for pair in pairs) / len(pairs)
+                    h, predictions, targets = net(views)
+                terms = [info_nce(*pair) for pair in pairs(*map(distributed.gather, (predictions, targets)), ahead)]
+                loss = sum(terms) / len(terms)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)

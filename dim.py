@@ -341,7 +341,12 @@ def arguments(argv):
     add("--weight-decay", type=cli.nonnegative, default=0.0, help="of all weights, decoupled (AdamW)")
     cli.add_run_flags(parser)
     args = parse(parser, argv, DEFAULTS, by=("dataset", "objective"))
-    if args.objective == "multiscale":
+    multiscale = args.objective == "multiscale"
+    unused = ("estimator", "critic", "alpha", "beta", "gamma", "arch", "stem") if multiscale else ("depth",)
+    for name in unused:
+        if getattr(args, name) != parser.get_default(name):
+            raise Refusal(f"--{name} means nothing to --objective {args.objective}: leave one of them out")
+    if multiscale:
         if args.views == 1:
             raise Refusal("--views 1 leaves --objective multiscale nothing to predict: leave one of them out")
         if args.image_size % 32 or (args.image_size // 32).bit_count() > 1:

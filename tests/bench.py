@@ -150,8 +150,9 @@ def bench_cpc(device, autocast, n, repeats, width):
 
     def step():
         with autocast:
-            pairs = model(cpc.patches(x, rng, 32, 0.5, "v2", 8, 4))[1]
-        loss = sum(cpc.info_nce(*pair) for pair in pairs) / len(pairs)
+            grids = model(cpc.patches(x, rng, 32, 0.5, "v2", 8, 4))[1:]
+        terms = [cpc.info_nce(*pair) for pair in cpc.pairs(*grids, model.ahead)]
+        loss = sum(terms) / len(terms)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

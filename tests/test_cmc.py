@@ -108,9 +108,10 @@ def softmax_oracle(q, k, negatives, tau, own):
 
 
 def nce_oracle(q, k, negatives, tau, own, z, images):
-    """Binary classification of the key against m draws of noise of probability 1 / n each, in loops."""
-    total, m = 0.0, len(negatives)
+    """Binary classification of the key against the m draws of noise that are not its own, of probability 1 / n each."""
+    total = 0.0
     for i in range(len(q)):
+        m = sum(not own[i, j] for j in range(len(negatives)))
         p = torch.exp(q[i] @ k[i] / tau) / z
         total = total - torch.log(p / (p + m / images))
         for j, negative in enumerate(negatives):

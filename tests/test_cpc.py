@@ -63,7 +63,7 @@ def image_gradients(model, size, patch, stride):
     x = torch.rand(1, 3, size, size, dtype=torch.float64, requires_grad=True)
     grid = (size - patch) // stride + 1
     number = torch.arange(grid * grid, dtype=torch.float64).view(1, 1, grid, grid)
-    pairs = iter(model.double()(cpc.cut(x, patch, stride))[1])
+    pairs = iter(cpc.pairs(*model.double()(cpc.cut(x, patch, stride))[1:], model.ahead))
     for turn in range(len(model.contexts)):
         for k in model.ahead:
             predictions, targets = next(pairs)
@@ -155,7 +155,7 @@ def test_encoder_is_the_mean_over_the_grid(norm):
 def test_black_images_train():
     """Layer norm of a patch of zeros would make the gradients of its layers explode."""
     model = new_model()
-    loss = sum(cpc.info_nce(*pair) for pair in model(torch.zeros(2, 4, 4, 3, 8, 8))[1])
+    loss = sum(cpc.info_nce(*pair) for pair in cpc.pairs(*model(torch.zeros(2, 4, 4, 3, 8, 8))[1:], model.ahead))
     loss.backward()
     assert max(p.grad.abs().max() for p in model.parameters()) < 1e3
 

@@ -256,8 +256,8 @@ def test_views():
 @pytest.mark.parametrize("flags, named", [
     ("--objective multiscale --image-size 48", "--image-size"), ("--objective multiscale --views 1", "--views"),
     ("--objective multiscale --image-size 96", "--image-size"), ("--objective multiscale --units 63", "--units"),
-    ("--alpha 0 --beta 0", "--alpha"),
-    ("--image-size 20", "--image-size")])
+    ("--objective multiscale --critic concat", "--critic"), ("--objective multiscale --arch resnet18", "--arch"),
+    ("--depth 4", "--depth"), ("--alpha 0 --beta 0", "--alpha"), ("--image-size 20", "--image-size")])
 def test_flags_that_cannot_be(flags, named):
     with pytest.raises(Refusal, match=named):
         dim.arguments(flags.split())
