@@ -147,7 +147,7 @@ class DIM(nn.Module):
         kind = {"dot": Dot, "concat": Concat}[critic]
         if alpha > 0:
             self.summary = nn.Sequential(nn.Conv2d(encoder.local_dim, 64, 3, padding=1), nn.ReLU(inplace=True),
-                                         nn.Conv2d(64, 32, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten())
+                                         nn.Conv2d(64, 32, 3, padding=1), nn.Flatten())
             self.global_critic = kind(dim, 32 * encoder.places, units)
         if beta > 0:
             self.local_critic = kind(dim, encoder.local_dim, units)
@@ -332,7 +332,8 @@ def arguments(argv):
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers of a ResNet")
     add("--width", type=cli.count, default=64, help="channels of the encoder's first layer (AMDIM: 256)")
     add("--depth", type=cli.count, default=3, help="convolutions of each of AMDIM's blocks (AMDIM: 10)")
-    add("--units", type=cli.count, default=2048, help="of T's hidden layers; dimensions of AMDIM's vectors (2048)")
+    add("--units", type=cli.count, default=2048,
+        help="of T's hidden layers (dot: 2048, concat: 512); dimensions of AMDIM's vectors (2048)")
     add("--epochs", type=cli.count, default=200, help="passes over the training images")
     add("--warmup", type=cli.number(float, 0, True, 1), default=0.05, help="share of the epochs with a rising rate")
     add("--batch-size", type=cli.number(int, 2, True), default=64,
