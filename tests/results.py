@@ -43,8 +43,12 @@ ROWS = {
     "GCRL, contrastive": "gcrl.py --alpha 0 --beta 1",
     "GCRL, hybrid": "gcrl.py --alpha 1 --beta 1",
 }
-PUBLISHED = {  # accuracy on CIFAR-10 that others report, and where it was measured
+SCORES = ("probability, of the probe", "Mahalanobis, of class means", "Mahalanobis, no labels",
+          "kNN distance, no labels", "likelihood, no labels", "likelihood less complexity")
+PUBLISHED = {  # linear accuracy that others report, on CIFAR-10 but where it says otherwise
     "SimCLR": "85.6 (ResNet-18, batch 512, 100 epochs: dkobak/simclr-cifar10)",
+    "MoCo, queue": "kNN 82.6 (200 epochs: MoCo's CIFAR demo)",
+    "CMC, Y and CbCr": "75.8 (100 classes of ImageNet, softmax)",
     "CPC": "84.5 (8 px patches, batch 64, 1000 epochs: lightning-bolts)",
     "DIM, local": "75.6 (infoNCE, its own encoder, MLP on fc; table 1)",
     "DIM, global": "52.8 (JSD, its own encoder, MLP on fc; table 1)",
@@ -108,47 +112,52 @@ def frechet(folder, seed, args):
     return next((json.loads(path.read_text())["frechet"] for path in folder.glob("distances-*.json")), None)
 
 
-def mean(values, scale=1.0, digits=1):
-    """The mean, and with several seeds the standard deviation."""
-    text = f"{scale * statistics.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} +- {scale * statistics.stdev(values):.{digits}f}"
+def cell(runs, get, scale=100.0, digits=1):
+    """The mean of get(run), and with several seeds the standard deviation; empty where the runs have no such thing."""
+    try:
+        values = [scale * get(run) for run in runs]
+    except (KeyError, TypeError):
+        return ""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} +- {statistics.stdev(values):.{digits}f}"
+
+
+def markdown(lines):
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(" | ".join(["", *line, ""]).strip() for line in lines)
 
 
 def tables(found, args):
-    """Markdown of the measured rows: {row: [a dict of `measure` for each seed]}."""
-    shares = [str(share) for share in args.labels]
-    heads = ["", "linear", "kNN", *(f"{100 * float(s):g} % of labels" for s in shares), "untrained", "s", "GB",
-             "published (not this setting)"]
-    lines = [heads, ["---"] * len(heads)]
-    for row, runs in found.items():
-        of = lambda get, *more: mean([get(r) for r in runs], *more)
-        lines.append([row, of(lambda r: r["judged"]["linear"]["trained"], 100),
-                      of(lambda r: r["judged"]["knn"]["trained"], 100),
-                      *(of(lambda r: r["judged"]["labels"][s]["trained"]["mean"], 100) for s in shares),
-                      of(lambda r: r["judged"]["linear"]["untrained"], 100), of(lambda r: r["result"]["seconds"], 1, 0),
-                      of(lambda r: r["result"]["peak_memory"], 1e-9), PUBLISHED.get(row, "")])
-    gcrl = {row: runs for row, runs in found.items() if row.startswith("GCRL")}
-    outside = list(next(iter(found.values()))[0]["judged"]["ood"])
-    heads = ["", "nats per token", "linear", "kNN", "Frechet (floor)"]
-    scores = ("probability, of the probe", "Mahalanobis, of class means", "Mahalanobis, no labels",
-              "likelihood, no labels", "likelihood less complexity")
-    heads += [f"AUROC {Path(o).name}: {score}" for o in outside for score in scores]
-    more = [heads, ["---"] * len(heads)]
-    for row, runs in {"SimCLR": found["SimCLR"], **gcrl}.items() if "SimCLR" in found else gcrl.items():
-        of = lambda get, *more: mean([get(r) for r in runs], *more)
-        line = [row, of(lambda r: r["result"]["nats"], 1, 3) if "nats" in runs[0]["result"] else "",
-                of(lambda r: r["judged"]["linear"]["trained"], 100), of(lambda r: r["judged"]["knn"]["trained"], 100),
-                f"{of(lambda r: r['frechet']['samples'], 1, 3)} ({of(lambda r: r['frechet']['test'], 1, 3)})"
-                if runs[0]["frechet"] else ""]
-        line += [of(lambda r: r["judged"]["ood"][o][s]["auroc"], 100) if s in runs[0]["judged"]["ood"][o] else ""
-                 for o in outside for s in scores]
-        more.append(line)
+    """Markdown of the measured rows, {row: [a dict of `measure` for each seed]}: all of them; and GCRL's claim, beside
+    SimCLR."""
+    shares, first = [str(share) for share in args.labels], next(iter(found.values()))
+    lines = [["", "linear", "kNN", *(f"{100 * float(s):g} % of labels" for s in shares), "untrained, linear", "s", "GB",
+              "published (not this setting)"]]
+    for title, runs, kind in [("whitened pixels", first, "pixels"), *((row, runs, "trained")
+                                                                      for row, runs in found.items())]:
+        line = [title, *(cell(runs, lambda r: r["judged"][measure][kind]) for measure in ("linear", "knn")),
+                *(cell(runs, lambda r: r["judged"]["labels"][share][kind]["mean"]) for share in shares)]
+        more = [cell(runs, lambda r: r["judged"]["linear"]["untrained"]),
+                cell(runs, lambda r: r["result"]["seconds"], 1, 0),
+                cell(runs, lambda r: r["result"]["peak_memory"], 1e-9), PUBLISHED.get(title, "")]
+        lines.append(line + (more if kind == "trained" else [""] * 4))
+
+    claim = {row: runs for row, runs in found.items() if row == "SimCLR" or row.startswith("GCRL")}
+    measures = {"nats per token": (lambda r: r["result"]["nats"], 1, 3),
+                "linear": (lambda r: r["judged"]["linear"]["trained"],),
+                "kNN": (lambda r: r["judged"]["knn"]["trained"],),
+                "Frechet distance of samples": (lambda r: r["frechet"]["samples"], 1, 3),
+                "Frechet distance of test images": (lambda r: r["frechet"]["test"], 1, 3)}
+    for outside in args.ood:
+        for score in SCORES:
+            measures[f"AUROC, {'/'.join(Path(outside).parts[-2:])}: {score}"] = (
+                lambda r, outside=outside, score=score: r["judged"]["ood"][outside][score]["auroc"],)
+    claims = [["", *claim], *([title, *(cell(runs, *measure) for runs in claim.values())]
+                              for title, measure in measures.items())]
     told = json.loads(next(args.out.glob("*/args.json")).read_text())
     machine = f"{told['device']}, torch {told['torch']}, {told['threads']} threads a run; seeds: {args.seeds}"
-    text = "\n".join(" | ".join(["", *line, ""]).strip() for line in lines)
-    text += "\n\n" + "\n".join(" | ".join(["", *line, ""]).strip() for line in more)
     commands = "\n".join(f"    python {runs[0]['command']}" for runs in found.values())
-    return f"{machine}\n\n{text}\n\n{commands}\n"
+    return f"{machine}\n\n{markdown(lines)}\n\n{markdown(claims)}\n\n{commands}\n"
 
 
 def main():

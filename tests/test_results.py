@@ -24,8 +24,9 @@ def test_rows_are_commands(row, budget, data):
 
 
 def measured(row, value):
-    judged = {"linear": {"trained": value, "untrained": 0.1}, "knn": {"trained": 0.3}, "ood": {"patterns": {}},
-              "labels": {share: {"trained": {"mean": 0.2}} for share in ("0.01", "0.1")}}
+    judged = {"linear": {"trained": value, "untrained": 0.1, "pixels": 0.15}, "knn": {"trained": 0.3, "pixels": 0.25},
+              "labels": {share: {"trained": {"mean": 0.2}, "pixels": {"mean": 0.05}} for share in ("0.01", "0.1")},
+              "ood": {"patterns": {}}}
     judged["ood"]["patterns"]["Mahalanobis, no labels"] = {"auroc": 0.75}
     result = {"seconds": 61.4, "peak_memory": 2e9, **({"nats": 1.5} if row == "GCRL, hybrid" else {})}
     frechet = {"samples": 0.5, "test": 0.25} if row == "GCRL, hybrid" else None
@@ -35,11 +36,14 @@ def measured(row, value):
 def test_tables(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json").write_text(json.dumps({"device": "machine", "torch": "2", "threads": 1}))
-    args = SimpleNamespace(out=tmp_path, labels=[0.01, 0.1], seeds=2)
+    args = SimpleNamespace(out=tmp_path, labels=[0.01, 0.1], ood=["patterns"], seeds=2)
     text = results.tables({row: [measured(row, 0.5), measured(row, 0.6)] for row in ("SimCLR", "GCRL, hybrid")}, args)
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 8 and all(len({line.count("|") for line in part}) == 1 for part in (lines[:4], lines[4:]))
+    assert len({line.count("|") for line in lines[:5]}) == len({line.count("|") for line in lines[5:]}) == 1
+    assert "| whitened pixels | 15.0 +- 0.0 | 25.0 +- 0.0 | 5.0 +- 0.0 | 5.0 +- 0.0 |  |  |  |  |" in lines
     assert ("| SimCLR | 55.0 +- 7.1 | 30.0 +- 0.0 | 20.0 +- 0.0 | 20.0 +- 0.0 | 10.0 +- 0.0 | 61 +- 0 | 2.0 +- 0.0 |"
             in text)
-    assert "| GCRL, hybrid | 1.500 +- 0.000 | 55.0 +- 7.1 | 30.0 +- 0.0 | 0.500 +- 0.000 (0.250 +- 0.000) |" in text
-    assert "75.0 +- 0.0" in text and "machine, torch 2, 1 threads" in text and "python x.py --seed 0" in text
+    assert "|  | SimCLR | GCRL, hybrid |".strip() in lines and "| nats per token |  | 1.500 +- 0.000 |" in lines
+    assert "| Frechet distance of samples |  | 0.500 +- 0.000 |" in lines
+    assert "| AUROC, patterns: Mahalanobis, no labels | 75.0 +- 0.0 | 75.0 +- 0.0 |" in lines
+    assert "machine, torch 2, 1 threads" in text and "python x.py --seed 0" in text
