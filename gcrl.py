@@ -143,10 +143,8 @@ class GCRL(nn.Module):
                     tokens[:, r, w] = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
             x = self.embedding(tokens[:, r]) + position[r]                    # (n, W, C)
             for block, cache in zip(self.encoder, columns):
-                if cache is None:
-                    x = block(x[:, None])[:, 0]
-                else:
-                    x = block.step(x.flatten(0, 1), cache, r).unflatten(0, (n, width))
+                x = (block(x[:, None])[:, 0] if cache is None else            # a row sees itself alone
+                     block.step(x.flatten(0, 1), cache, r).unflatten(0, (n, width)))
             above = self.encoder_norm(x)
         return tokens
 
@@ -170,6 +168,13 @@ class Encoder(GCRL):
 def encoder(args):
     """What is kept and probed, untrained: (N, 3, S, S) RGB in [0, 1] to (N, D). args: the settings of a run."""
     return Encoder(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
+
+
+def trained(folder, device):
+    """The model of the run in `folder`, as last saved, in eval mode. Raises Refusal where there is none."""
+    args, path = encoders.settings(folder, "gcrl")[1], "checkpoint.pt"
+    model = GCRL(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
+    return encoders.fill(model, encoders.weights(folder, path).get("model", {}), f"{folder}/{path}").to(device).eval()
 
 
 def log_likelihood(logits, tokens):
@@ -330,16 +335,6 @@ def main(argv=None):
         picture("completions.png", given, completed)
     judged = {row: (of_pixels(m.encode), m) for row, m in (("untrained", new_model()), ("trained", model))}
     return run.finish(data, judged, device, **more)
-
-
-# ---- drawing
-
-
-def trained(folder, device):
-    """The model of the run in `folder`, as last saved, in eval mode. Raises Refusal where there is none."""
-    args, path = encoders.settings(folder, "gcrl")[1], "checkpoint.pt"
-    model = GCRL(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
-    return encoders.fill(model, encoders.weights(folder, path).get("model", {}), f"{folder}/{path}").to(device).eval()
 
 
 def draw(args):
