@@ -233,6 +233,8 @@ def arguments(argv):
     add("--tau", type=cli.positive, default=0.1, help="temperature of the loss (ImageNet: 0.07)")
     cli.add_run_flags(parser)
     args = parse(parser, argv, DEFAULTS)
+    if args.dictionary == "end-to-end":
+        cli.refuse_unused(parser, args, ("negatives", "bank_m"), "--dictionary end-to-end")
     if args.views_dir:
         if args.dataset != "folder":
             raise cli.Refusal(f"--views-dir is a data set of its own: leave --dataset {args.dataset} out")
@@ -308,9 +310,8 @@ def main(argv=None):
             for step, (index, x) in enumerate(zip(order, data.train.batches(order)), step):
                 x = augmented(x, rng, *recipe)                                # (N, 3 or 3 folders, S, S)
                 index = distributed.gather(index.to(device))                  # (N,), of the whole batch
-                drawn = everything
-                if banked and args.negatives:
-                    drawn = torch.randint(images, (m,), generator=rng.generator).to(device)
+                drawn = (torch.randint(images, (m,), generator=rng.generator).to(device)
+                         if banked and args.negatives else everything)
                 set_rate(optimizer, lr * cosine(epoch * steps + step, args.epochs * steps, args.warmup))
                 with autocast:
                     h, z = net(x)

@@ -30,7 +30,8 @@ from common.run import Progress, Run, cosine, parse, set_rate, spread
 
 
 def cut(x, patch, stride):
-    """(N, 3, S, S) to its patches (N, G, G, 3, patch, patch), row by row, G = (S - patch) / stride + 1."""
+    """(N, 3, S, S) to its patches (N, G, G, 3, patch, patch), row by row, G = (S - patch) // stride + 1; what is then
+    left at the right and below is not seen."""
     return x.unfold(2, patch, stride).unfold(3, patch, stride).permute(0, 2, 3, 1, 4, 5)
 
 
@@ -197,8 +198,8 @@ def arguments(argv):
     add = parser.add_argument
     add("--dataset", choices=NAMES, default="shapes", help="what to train on; shapes and folder need no download")
     add("--image-size", type=cli.number(int, 8, True), default=32, help="side of the images, pixels")
-    add("--patch", type=cli.count, default=8, help="side of a patch, pixels (ImageNet, v1: 64, v2: 80)")
-    add("--stride", type=cli.count, default=4, help="from patch to patch, pixels (ImageNet, v1: 32)")
+    add("--patch", type=cli.count, default=8, help="side of a patch, pixels (256-pixel ImageNet, v1: 64, v2: 80)")
+    add("--stride", type=cli.count, default=4, help="from patch to patch, pixels (v1: 32; 7 rows of 80: 29)")
     add("--steps", type=cli.count, default=5,
         help="rows ahead that are predicted, at most (v1: 5), from the first that shares no pixel with the context")
     add("--directions", type=int, choices=(1, 4), default=4, help="v1: 1, downwards; v2: 4")
@@ -217,10 +218,8 @@ def arguments(argv):
     add("--weight-decay", type=cli.nonnegative, default=1e-5, help="of all weights, decoupled (AdamW)")
     cli.add_run_flags(parser)
     args = parse(parser, argv, DEFAULTS)
-    rest = (args.image_size - args.patch) % args.stride if args.patch <= args.image_size else 1
-    if rest:
-        raise Refusal(f"--patch {args.patch} at --stride {args.stride} does not cover --image-size {args.image_size}: "
-                      f"the stride has to divide the rest of the side")
+    if args.patch > args.image_size:
+        raise Refusal(f"--patch {args.patch} is larger than --image-size {args.image_size}: change one of them")
     rows = (args.image_size - args.patch) // args.stride + 1
     first = steps_ahead(args.patch, args.stride, 0).start
     if not first <= args.steps < rows:

@@ -308,7 +308,8 @@ DEFAULTS = {  # of a data set or an objective, where they differ from those belo
     "folder": dict(image_size=128, arch="resnet18", stem="imagenet"),
     "global": dict(alpha=1.0, beta=0.0, gamma=1.0),
     "both": dict(alpha=0.5, beta=1.0),
-    "multiscale": dict(views=2, width=128, units=1024, batch_size=256, lr=2e-4, weight_decay=1e-5, epochs=300),
+    "multiscale": dict(views=2, estimator="infonce", arch="conv", stem="cifar", width=128, units=1024, batch_size=256,
+                       lr=2e-4, weight_decay=1e-5, epochs=300),
     "shapes multiscale": dict(width=16, units=128, epochs=20, batch_size=64, lr=1e-3),
 }
 
@@ -344,9 +345,7 @@ def arguments(argv):
     args = parse(parser, argv, DEFAULTS, by=("dataset", "objective"))
     multiscale = args.objective == "multiscale"
     unused = ("estimator", "critic", "alpha", "beta", "gamma", "arch", "stem") if multiscale else ("depth",)
-    for name in unused:
-        if getattr(args, name) != parser.get_default(name):
-            raise Refusal(f"--{name} means nothing to --objective {args.objective}: leave one of them out")
+    cli.refuse_unused(parser, args, unused, f"--objective {args.objective}")
     if multiscale:
         if args.views == 1:
             raise Refusal("--views 1 leaves --objective multiscale nothing to predict: leave one of them out")

@@ -172,9 +172,9 @@ def encoder(args):
 
 def trained(folder, device):
     """The model of the run in `folder`, as last saved, in eval mode. Raises Refusal where there is none."""
-    args, path = encoders.settings(folder, "gcrl")[1], "checkpoint.pt"
+    args, state = encoders.settings(folder, "gcrl")[1], encoders.weights(folder, "checkpoint.pt")
     model = GCRL(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
-    return encoders.fill(model, encoders.weights(folder, path).get("model", {}), f"{folder}/{path}").to(device).eval()
+    return encoders.fill(model, state, f"{folder}/checkpoint.pt").to(device).eval()
 
 
 def log_likelihood(logits, tokens):
@@ -342,9 +342,8 @@ def draw(args):
     device, size = cli.pick_device(args.device), args.image_size
     model = trained(args.sample, device)
     data = args.dataset, args.data_dir, size, device, args.workers, args.cache_gb, args.data_seed
-    return drawing.draw(args.sample, model.sample, lambda x: quantise(x, model.palette),
-                        lambda tokens: dequantise(tokens, model.palette), size, data, device, args.seed,
-                        args.temperature, args.top_k, args.samples, args.complete, args.frechet)
+    return drawing.draw(args.sample, model, size, data, device, args.seed, args.temperature, args.top_k, args.samples,
+                        args.complete, args.frechet)
 
 
 if __name__ == "__main__":

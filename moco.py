@@ -237,6 +237,8 @@ def arguments(argv):
     add("--tau", type=cli.positive, default=0.1, help="temperature of the loss (v1: 0.07, v2: 0.2)")
     cli.add_run_flags(parser)
     args = parse(parser, argv, DEFAULTS, by=("dataset", "dictionary"))
+    unused = {"queue": ("bank_m",), "memory-bank": ("m",), "end-to-end": ("m", "bank_m", "negatives")}[args.dictionary]
+    cli.refuse_unused(parser, args, unused, f"--dictionary {args.dictionary}")
     if args.dictionary == "queue" and args.negatives == 0:
         raise cli.Refusal("--negatives 0 leaves the queue empty: give its length")
     if args.dictionary == "memory-bank" and args.symmetric:

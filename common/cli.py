@@ -71,6 +71,13 @@ def add_run_flags(parser):
     add("--resume", default=None, metavar="RUN", help="go on with the run in this folder, with its settings")
 
 
+def refuse_unused(parser, args, names, choice):
+    """Refusal where one of these settings is not at its default: the choice, as "--flag value", does not use them."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise Refusal(f"--{name.replace('_', '-')} means nothing to {choice}: leave it out")
+
+
 def cores():
     """A default for --workers: the cores this process may use, at most 8."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

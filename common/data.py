@@ -112,8 +112,8 @@ def steps_per_epoch(n, batch_size, world=1):
 def load(name, data_dir, image_size, device, workers, cache_gb, seed=0):
     """The data set `name` (one of NAMES) as a Data of image_size x image_size images.
 
-    `shapes` (and `patterns`) trains on 2,000 images and probes with the labels of 500 of them, tested on 1,000: so few
-    that neighbours in pixels tell little.
+    `shapes` (and `patterns`) trains on 2,000 images and probes with the labels of 500 of them, tested on 1,000: with
+    more, neighbours in pixels would tell the classes.
 
     data_dir: where downloads are kept, or the user's folder, or a list of aligned ones (`counterparts`), whose images
     come as 3 channels each. cache_gb: 10^9 bytes that may be kept on the device; a larger data set is streamed by

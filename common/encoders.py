@@ -26,24 +26,27 @@ def settings(folder, method=None):
 
 
 def weights(folder, name):
-    """What torch saved as `name` in the run's folder, on the CPU. Raises Refusal where it is missing or damaged."""
+    """The weights in encoder.pt or checkpoint.pt (`name`) of the run's folder, on the CPU. Raises Refusal where they
+    are missing or damaged."""
     path = Path(folder) / name
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state["model"] if name == "checkpoint.pt" else state
     except FileNotFoundError:
         raise Refusal(f"{path} is missing: that run has not come to its end, go on with --resume {folder}") from None
-    except Exception as error:                                                # zip and pickle errors of all sorts
+    except Exception as error:                                                # zip, pickle and key errors
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise Refusal(f"{path} cannot be read ({reason}): train that run again") from None
 
 
 def fill(module, state, path):
-    """module with the weights `state`, read from `path`. Raises Refusal where they are of another module."""
+    """module with the weights `state`, read from `path`. Raises Refusal where they are not of such a module."""
     try:
         module.load_state_dict(state)
-    except RuntimeError as error:
-        raise Refusal(f"{path} is not of that run's model ({str(error).splitlines()[0]}): it was made by another run "
-                      f"or another version of the script") from None
+    except (RuntimeError, TypeError) as error:                                # of other layers; not weights at all
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise Refusal(f"{path} is not of that run's model ({reason}): it was made by another run or another version of "
+                      f"the script") from None
     return module
 
 
@@ -60,6 +63,9 @@ def load(folder, device, trained=True):
         module = importlib.import_module(method).encoder(args)
     except ModuleNotFoundError:
         raise Refusal(f"{folder} is a run of {method}.py, which has to lie beside common/ to read it") from None
+    initial = {name: value.clone() for name, value in module.state_dict().items()}
+    fill(module, state, f"{folder}/encoder.pt")
     if not trained:
-        state = {**module.state_dict(), **{name: state[name] for name in ("palette", "first_pixel") if name in state}}
-    return args, fill(module, state, f"{folder}/encoder.pt").to(device, memory_format=torch.channels_last).eval()
+        data = {name: state[name] for name in ("palette", "first_pixel") if name in state}
+        module.load_state_dict({**initial, **data})
+    return args, module.to(device, memory_format=torch.channels_last).eval()

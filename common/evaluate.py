@@ -21,6 +21,7 @@ from common import cli, encoders, linear_probe, ood, pictures
 from common.cli import Refusal
 from common.data import NAMES, load
 from common.finetune import balanced, finetune
+from common.palette import dequantise, quantise
 from common.run import write_file
 
 
@@ -43,7 +44,12 @@ def arguments(argv):
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision, as in training")
     add("--workers", type=cli.count_or_zero, default=cli.cores(), help="processes that decode images")
     add("--cache-gb", type=cli.nonnegative, default=8.0, help="GB of decoded images kept on the device")
-    return parser.parse_args(sys.argv[1:] if argv is None else [str(a) for a in argv])
+    args = parser.parse_args(sys.argv[1:] if argv is None else [str(a) for a in argv])
+    if not args.finetune:
+        cli.refuse_unused(parser, args, ("frozen_stages", "steps"), "a run without --finetune")
+    if not args.labels:
+        cli.refuse_unused(parser, args, ("draws",), "a run without --labels")
+    return args
 
 
 def main(argv=None):
@@ -53,6 +59,12 @@ def main(argv=None):
     amp = cli.pick_amp(args.amp, device)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     method, settings = encoders.settings(args.run)
+    path, found = Path(args.run) / "evaluation.json", {}
+    if path.exists():
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise Refusal(f"{path} is damaged: put it right or move it away") from None
     _, module = encoders.load(args.run, device)
     _, untrained = encoders.load(args.run, device, trained=False)
     if args.frozen_stages > len(module.stages()):
@@ -70,6 +82,8 @@ def main(argv=None):
     place = args.data_dir or views or (settings.data_dir if name == settings.dataset else downloads)
     data, outside = open_data(name, place), {}
     for other in args.ood or ():
+        if other not in NAMES[:-1] and not Path(other).is_dir():
+            raise Refusal(f"--ood {other} is neither a data set ({', '.join(NAMES[:-1])}) nor a folder of images")
         try:
             strange = open_data(other, downloads) if other in NAMES[:-1] else open_data("folder", other)
         except Refusal as refusal:
@@ -84,9 +98,6 @@ def main(argv=None):
                 return module(x.float() / 255)
         return call
 
-    path, found = Path(args.run) / "evaluation.json", {}
-    if path.exists():
-        found = json.loads(path.read_text())
     result = found.setdefault(f"{name} {args.data_dir}" if args.data_dir else name, {})
 
     def keep(**more):
@@ -108,7 +119,7 @@ def main(argv=None):
         likelihood = gcrl_likelihood(args.run, device, autocast) if method == "gcrl" and settings.alpha > 0 else None
         keep(ood=strangers(data, x.get("trained"), (encode(module), module), outside, likelihood))
     if args.blocks:
-        keep(blocks=by_block(data, args.run, device, autocast))
+        keep(blocks=by_block(data, args.run, "" if name == settings.dataset else f"-{name}", device, autocast))
     print(f"\nsaved in {path}")
     return result
 
@@ -139,25 +150,26 @@ def shown(accuracy):
 
 
 def fine_tuned(data, module, untrained, args, amp):
-    """{share: {"finetuned", "scratch": mean and deviation, "draws"}}: of --labels, or once of all labels; printed."""
+    """{"share, n frozen": {"finetuned", "scratch": mean and deviation, ...}}: of --labels, or once of all; printed."""
     stages = module.stages()
     weights = [sum(p.numel() for part in stage for p in ([part] if torch.is_tensor(part) else part.parameters()))
                for stage in stages]
+    frozen = sum(weights[: args.frozen_stages])
     print(f"\nfine-tuned, {args.frozen_stages} of {len(stages)} stages frozen "
-          f"({100 * sum(weights[: args.frozen_stages]) / sum(weights):.0f} % of the weights), beside the same network "
-          f"trained from scratch")
+          f"({100 * frozen / sum(weights):.0f} % of the weights), beside the same network trained from scratch")
     print(f"{'':34}{'images':>8}{'fine-tuned':>16}{'from scratch':>16}")
     results = {}
     for share in args.labels or [1.0]:
         drawn = [balanced(data.labelled.labels, share, seed) for seed in range(args.draws if share < 1 else 1)]
         accuracy = {row: mean_and_deviation([
-            finetune(copy.deepcopy(start), data.labelled, index, data.test, frozen, amp, args.steps, seed=seed)
+            finetune(copy.deepcopy(start), data.labelled, index, data.test, stages, amp, args.steps, seed=seed)
             for seed, index in enumerate(drawn)])
-            for row, start, frozen in (("finetuned", module, args.frozen_stages), ("scratch", untrained, 0))}
+            for row, start, stages in (("finetuned", module, args.frozen_stages), ("scratch", untrained, 0))}
         print(f"{f'{100 * share:g} %, draws {len(drawn)}':34}{len(drawn[0]):8}" +
               "".join(map(shown, accuracy.values())), flush=True)
-        results[str(share)] = {**accuracy, "frozen_stages": args.frozen_stages, "steps": args.steps,
-                               "draws": [index.tolist() for index in drawn] if share < 1 else None}
+        results[f"{share}, {args.frozen_stages} frozen"] = {
+            **accuracy, "frozen_stages": args.frozen_stages, "frozen_weights": frozen / sum(weights),
+            "steps": args.steps, "draws": [index.tolist() for index in drawn] if share < 1 else None}
     return results
 
 
@@ -175,8 +187,10 @@ def strangers(data, labelled_x, encoder, outside, likelihood):
         return linear_probe.features(encoder[0], images, encoder[1])          # (N, D)
     train_x = encoded(data.train)
     if not data.test:
+        if len(train_x) < 4:
+            raise Refusal(f"--ood needs more images to compare with than {len(train_x)}")
         order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0))
-        held, kept = order[: len(order) // 10], order[len(order) // 10 :]
+        held, kept = order.tensor_split([max(1, len(order) // 10)])
         own_x, train_x = train_x[held.to(train_x.device)], train_x[kept.to(train_x.device)]
     if labelled_x:
         probe_x, y = labelled_x[0], data.labelled.labels
@@ -216,24 +230,22 @@ def strangers(data, labelled_x, encoder, outside, likelihood):
 def gcrl_likelihood(folder, device, autocast):
     """Two functions of uint8 (N, 3, S, S): log p of their tokens but the first, nats (N,), and the images uint8 in the
     colours of the palette, which is what the tokens say of them."""
-    script = importlib.import_module("gcrl")
-    model = script.trained(folder, device)
+    model = importlib.import_module("gcrl").trained(folder, device)
 
     @torch.no_grad()
     def log_prob(x):
         with autocast:
-            return model.log_prob(script.quantise(x, model.palette))
+            return model.log_prob(quantise(x, model.palette))
 
     def seen(x):
-        return (255 * script.dequantise(script.quantise(x, model.palette), model.palette)).round().byte()
+        return (255 * dequantise(quantise(x, model.palette), model.palette)).round().byte()
     return log_prob, seen
 
 
-def by_block(data, folder, device, autocast):
+def by_block(data, folder, suffix, device, autocast):
     """{block: accuracy} of linear probes on the mean over the positions of each block's output (iGPT, section 4.1: the
-    best is in the middle), printed and drawn as blocks.png."""
-    script = importlib.import_module("gcrl")
-    model = script.trained(folder, device)
+    best is in the middle), printed and drawn as blocks.png, with the suffix before its end."""
+    model = importlib.import_module("gcrl").trained(folder, device)
     blocks = {"embedding": model.embedding}
     blocks |= {f"encoder {i + 1}, {block.axis}": block for i, block in enumerate(model.encoder)}
     blocks |= {f"decoder {i + 1}": block for i, block in enumerate(model.decoder)}
@@ -244,7 +256,7 @@ def by_block(data, folder, device, autocast):
     @torch.no_grad()
     def encode(x):
         with autocast:
-            model.logits(script.quantise(x, model.palette))
+            model.logits(quantise(x, model.palette))
         return torch.cat(list(seen.values()), dim=1)                          # (N, blocks C)
     train_x, test_x = (linear_probe.features(encode, images, batch_size=128).split(model.embedding.embedding_dim, dim=1)
                        for images in (data.labelled, data.test))
@@ -252,5 +264,5 @@ def by_block(data, folder, device, autocast):
                 for name, a, b in zip(seen, train_x, test_x)}
     print(f"\n{'linear probe by depth':34}")
     print("\n".join(f"{name:34}{100 * value:8.1f}" for name, value in accuracy.items()), flush=True)
-    write_file(Path(folder) / "blocks.png", lambda part: pictures.curve(part, accuracy))
+    write_file(Path(folder) / f"blocks{suffix}.png", lambda part: pictures.curve(part, accuracy))
     return accuracy

@@ -143,7 +143,7 @@ class Run:
         encoders: "untrained", "trained" and further rows of the table, each (encode, module). measures: of
         `linear_probe.MEASURES`. more: further results. Returns the results.
         """
-        result = dict.fromkeys(measures)
+        memory, result = peak_memory(device), dict.fromkeys(measures)         # of training, before judging takes more
         if data.labelled:
             accuracies, x = linear_probe.evaluate(data, encoders, measures)
             result.update(accuracies)
@@ -155,7 +155,7 @@ class Run:
             features = query_features = linear_probe.features(encoders["trained"][0], images, encoders["trained"][1])
         self.write("neighbours.png", lambda path: pictures.neighbours(
             path, queries, query_features, images, features))
-        result.update(more, seconds=sum(entry["seconds"] for entry in self.history), peak_memory=peak_memory(device))
+        result.update(more, seconds=sum(entry["seconds"] for entry in self.history), peak_memory=memory)
         self.write_json("result.json", result)
         self.say(f"\ntrained in {clock(result['seconds'])}, peak memory {result['peak_memory'] / 1e9:.1f} GB; "
                  f"results and pictures in {self.folder}")

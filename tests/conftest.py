@@ -72,8 +72,9 @@ def tiny(images):
     """tiny(script or its name, *more flags): the arguments of a run of two epochs of five steps."""
     def argv(script, *more):
         name = getattr(script, "__name__", script)
+        flags = TINY[name].replace("--negatives 12", "") if "end-to-end" in more else TINY[name]
         return [*f"--dataset folder --data-dir {images} --batch-size 8 --epochs 2 --workers 0 --device cpu --amp off "
-                f"{TINY[name]}".split(), *map(str, more)]
+                f"{flags}".split(), *map(str, more)]
     return argv
 
 

@@ -4,6 +4,7 @@ Trains and judges every row, one after the other or --jobs at a time, in --out; 
 what was stopped goes on. Writes --out/table.md. With --data-dir the images are a folder's, else CIFAR-10 is downloaded.
 """
 import argparse
+import importlib
 import json
 import shlex
 import statistics
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))                                                 # for the scripts' arguments
 BUDGETS = {  # image size, epochs, batch size; width of the ResNets; then those of GCRL, and its width
     "cpu": dict(ours=(16, 2, 128), width=8, gcrl=(12, 2, 64), gcrl_width=64, gcrl_flags="--encoder-layers 1 "
                 "--decoder-layers 1 --heads 4 --colours 64 --lr 0.003 --crop-min 0.3", samples=500),
@@ -22,12 +24,12 @@ BUDGETS = {  # image size, epochs, batch size; width of the ResNets; then those 
                  "--decoder-layers 1 --heads 2 --colours 4", samples=8),
 }
 RESNET = "--arch resnet18 --stem cifar"
-MOCO = f"moco.py {RESNET} --width W --blur 0 --tau 0.1 --m 0.99 --crop-min 0.2 --lr 0.12 --head linear"
-CMC = f"cmc.py {RESNET} --width H --crop-min 0.4 --lr 0.2"
+MOCO = f"moco.py {RESNET} --width W --blur 0 --tau 0.1 --crop-min 0.2 --lr 0.12 --head linear --weight-decay 1e-4"
+CMC = f"cmc.py {RESNET} --width H --crop-min 0.4 --lr 0.2 --weight-decay 1e-4"
 DIM = f"dim.py {RESNET} --width W --units 512 --views 2 --estimator infonce --lr 0.001"
 ROWS = {
     "SimCLR": f"simclr.py {RESNET} --width W --jitter 0.5 --blur 0 --crop-min 0.2 --tau 0.2 --lr 0.2",
-    "MoCo, queue": f"{MOCO} --dictionary queue --negatives 4096",
+    "MoCo, queue": f"{MOCO} --dictionary queue --negatives 4096 --m 0.99",
     "MoCo, memory bank": f"{MOCO} --dictionary memory-bank --negatives 4096",
     "MoCo, end-to-end": f"{MOCO} --dictionary end-to-end",
     "CMC, L and ab": f"{CMC} --views lab --dictionary end-to-end --tau 0.2",
@@ -51,7 +53,7 @@ PUBLISHED = {  # linear accuracy that others report, on CIFAR-10 but where it sa
     "CMC, Y and CbCr": "75.8 (100 classes of ImageNet, softmax)",
     "CPC": "84.5 (8 px patches, batch 64, 1000 epochs: lightning-bolts)",
     "DIM, local": "75.6 (infoNCE, its own encoder, MLP on fc; table 1)",
-    "DIM, global": "52.8 (JSD, its own encoder, MLP on fc; table 1)",
+    "DIM, global": "52.8 (its own encoder, MLP on fc; table 1)",
     "AMDIM": "91.2 (its large encoder, 300 epochs)",
 }
 
@@ -71,6 +73,16 @@ def command(row, budget, data, folder, seed):
             "--out", str(folder)]
 
 
+def check(words, folder):
+    """Ends the program where the run in `folder` has other settings than these words of a command give it."""
+    told = json.loads((folder / "args.json").read_text())["settings"]
+    wanted = vars(importlib.import_module(words[0].removesuffix(".py")).arguments(words[1:]))
+    for flag in (word for word in words if word.startswith("--") and word != "--out"):
+        name = flag.removeprefix("--").replace("-", "_")
+        if told[name] != wanted[name]:
+            sys.exit(f"results.py: {folder} has {flag} {told[name]}, not {wanted[name]}: name another --out")
+
+
 def run(words, log):
     """python with these words, its output added to the file `log`."""
     with open(log, "a") as file:
@@ -88,8 +100,11 @@ def measure(row, seed, args):
     place = str(args.data_dir.resolve() if args.data_dir else ROOT / "data")
     data = ["--dataset", "folder" if args.data_dir else "cifar10", "--data-dir", place]
     words = command(row, budget, data, folder, seed)
+    started = (folder / "args.json").exists()
+    if started:
+        check(words, folder)
     if not (folder / "result.json").exists():
-        run([words[0], "--resume", str(folder)] if (folder / "checkpoint.pt").exists() else words, log)
+        run([words[0], "--resume", str(folder)] if started else words, log)
     key = data[1]
     evaluation = folder / "evaluation.json"
     judged = json.loads(evaluation.read_text()).get(key, {}) if evaluation.exists() else {}
@@ -106,10 +121,14 @@ def measure(row, seed, args):
 def frechet(folder, seed, args):
     """The Frechet distances of a generative run's samples, by the features of SimCLR's run, where there is one."""
     simclr = args.out / f"simclr-{seed}"
-    if simclr.exists() and not list(folder.glob("distances-*.json")):
+
+    def found():
+        told = (json.loads(path.read_text()) for path in folder.glob("distances-T1.0-kall-seed*.json"))
+        return next((t["frechet"] for t in told if t.get("frechet", {}).get("run") == str(simclr)), None)
+    if simclr.exists() and not found():
         run(["gcrl.py", "--sample", str(folder), "--samples", str(BUDGETS[args.budget]["samples"]), "--frechet",
              str(simclr)], folder.with_suffix(".log"))
-    return next((json.loads(path.read_text())["frechet"] for path in folder.glob("distances-*.json")), None)
+    return found()
 
 
 def cell(runs, get, scale=100.0, digits=1):
@@ -157,10 +176,11 @@ def tables(found, args):
     told = json.loads(next(args.out.glob("*/args.json")).read_text())
     machine = f"{told['device']}, torch {told['torch']}, {told['threads']} threads a run; seeds: {args.seeds}"
     commands = "\n".join(f"    python {runs[0]['command']}" for runs in found.values())
-    return f"{machine}\n\n{markdown(lines)}\n\n{markdown(claims)}\n\n{commands}\n"
+    data = f"{args.data_dir or 'CIFAR-10'}, --budget {args.budget}"
+    return f"{data}, {machine}\n\n{markdown(lines)}\n\n{markdown(claims)}\n\n{commands}\n"
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="The README's tables of results.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -171,9 +191,11 @@ def main():
     add("--ood", nargs="+", default=["patterns"], help="data sets or folders to tell from it")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="these rows alone")
     add("--jobs", type=int, default=1, help="rows at a time; give each its cores with OMP_NUM_THREADS")
-    add("--out", type=Path, default=ROOT / "runs" / "results", help="folder of the runs and of table.md")
-    args = parser.parse_args()
-    args.out = args.out.resolve()
+    add("--out", type=Path, default=None,
+        help="folder of the runs and of table.md; by default runs/results-BUDGET beside the scripts")
+    args = parser.parse_args(argv)
+    args.out = (args.out or ROOT / "runs" / f"results-{args.budget}").resolve()
+    args.ood = [str(Path(name).resolve()) if Path(name).is_dir() else name for name in args.ood]
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = [(row, seed) for seed in range(args.seeds) for row in args.rows]
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -184,7 +184,7 @@ def test_judges_labels_finetuning_and_strangers(run, script, images, capsys):
     assert {"linear", "labels", "finetune", "ood"} <= result.keys()
     few = result["labels"]["0.1"]
     assert [len(d) for d in few["draws"]] == [4, 4] and few["trained"].keys() == {"mean", "deviation"}
-    assert result["finetune"]["0.5"].keys() >= {"finetuned", "scratch", "draws"}
+    assert result["finetune"]["0.5, 1 frozen"].keys() >= {"finetuned", "scratch", "draws", "frozen_weights"}
     strange = result["ood"]
     scores = 6 if script.__name__ == "gcrl" else 4
     assert all(len(strange[name]) == scores for name in ("patterns", str(images / "test")))
@@ -236,8 +236,10 @@ def test_autocast_leaves_the_tokens():
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--frozen-stages", 9], "--frozen-stages"), (["--blocks"], "--blocks"), (["--ood", "nowhere"], "--ood nowhere"),
-    (["--labels", 2], "--labels"), (["--dataset", "mnist"], "--dataset"), (["--draws", 0], "--draws")])
+    (["--finetune", "--frozen-stages", 9], "--frozen-stages"), (["--frozen-stages", 1], "without --finetune"),
+    (["--steps", 5], "without --finetune"), (["--draws", 2], "without --labels"), (["--draws", 0], "--draws"),
+    (["--blocks"], "--blocks"), (["--ood", "nowhere"], "--ood nowhere"),
+    (["--ood", "cifar11"], "--ood cifar11"), (["--labels", 2], "--labels"), (["--dataset", "mnist"], "--dataset")])
 def test_refusals(flags, named, finished, here):
     with pytest.raises(Refusal, match=named):
         judge(finished("simclr").folder, *flags)
@@ -276,6 +278,12 @@ def test_results_are_added(here, finished):
     judge(here / "run", "--ood", "patterns", "--labels", 0.5)
     result = judge(here / "run", "--ood", "shapes", "--labels", 0.2)
     assert result["ood"].keys() == {"patterns", "shapes"} and result["labels"].keys() == {"0.5", "0.2"}
+    for frozen in (0, 5):                                                     # a sweep over what is frozen
+        result = judge(here / "run", "--finetune", "--frozen-stages", frozen, "--steps", 1)
+    assert [swept["frozen_weights"] for swept in result["finetune"].values()] == [0, 1]
+    (here / "run" / "evaluation.json").write_text("{")
+    with pytest.raises(Refusal, match="evaluation.json is damaged"):
+        judge(here / "run")
 
 
 def test_views_of_ones_own_are_judged_on_themselves(here, finished):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import gcrl
-from common import cli, drawing, encoders
+from common import cli, drawing, encoders, resnet
 from common.cli import Refusal
 from common.data import ToPixels
 
@@ -197,13 +197,30 @@ def test_no_run(finished, here, run, tiny, monkeypatch, capsys):
     assert "--alpha 0" in refused(["--sample", "contrastive"], monkeypatch, capsys)
     shutil.copy(simclr / "checkpoint.pt", run)
     assert "checkpoint.pt is not of that run" in refused(["--sample", run], monkeypatch, capsys)
+    for damaged in (torch.zeros(3), {"model": torch.zeros(3)}, {"model": {}}):
+        torch.save(damaged, run / "checkpoint.pt")
+        assert "checkpoint.pt" in refused(["--sample", run], monkeypatch, capsys)
     (run / "checkpoint.pt").write_bytes(b"PK")
     assert "checkpoint.pt" in refused(["--sample", run], monkeypatch, capsys)
     (run / "checkpoint.pt").unlink()
     assert "checkpoint.pt is missing" in refused(["--sample", run], monkeypatch, capsys)
 
 
-def test_frechet_without_test_images(run, images, monkeypatch):
+def test_frechet_by_views_of_ones_own(run, finished, here):
+    """A CMC of aligned folders has nothing to say of a single image."""
+    shutil.copytree(finished("cmc").folder, here / "cmc")
+    told = json.loads((here / "cmc" / "args.json").read_text())
+    told["settings"]["views_dir"] = ["a", "b"]
+    (here / "cmc" / "args.json").write_text(json.dumps(told))
+    nets = [k.removeprefix("nets.0.") for k in torch.load(here / "cmc" / "encoder.pt") if k.startswith("nets.0.")]
+    state = resnet.resnet18("cifar", 4).state_dict()
+    assert set(nets) == state.keys()
+    torch.save({f"nets.{i}.{k}": v for i in (0, 1) for k, v in state.items()}, here / "cmc" / "encoder.pt")
+    with pytest.raises(Refusal, match="--views-dir"):
+        gcrl.main(["--sample", run, "--frechet", here / "cmc"])
+
+
+def test_frechet_without_test_images(run, images):
     """A run on images without classes has no test images: said, after the pictures."""
     with pytest.raises(Refusal, match="--frechet needs"):
         gcrl.main(["--sample", run, "--frechet", run, "--data-dir", images / "train" / "red", "--samples", 4])

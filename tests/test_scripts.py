@@ -379,7 +379,7 @@ def test_beta_zero(tiny, here, monkeypatch):
     (dim, "--objective global"), (dim, "--objective both --critic concat --estimator dv --views 2"),
     (dim, "--estimator infonce --gamma 0"),
     (dim, "--arch resnet18 --stem cifar --amp bf16"),
-    (dim, "--objective multiscale --arch resnet18 --image-size 32 --width 2 --units 8 --depth 2 --batch-size 8")],
+    (dim, "--objective multiscale --image-size 32 --width 2 --units 8 --depth 2 --batch-size 8")],
     ids=lambda value: getattr(value, "__name__", value))
 def test_variants_train_and_resume(script, flags, tiny, here, same, content, monkeypatch):
     """Stopped after step 3 of 5 and resumed they end as without the stop, bit for bit: queues and banks too."""
