@@ -159,6 +159,8 @@ def tables(found, args):
         more = [cell(runs, lambda r: r["judged"]["linear"]["untrained"]),
                 cell(runs, lambda r: r["result"]["seconds"], 1, 0),
                 cell(runs, lambda r: r["result"]["peak_memory"], 1e-9), PUBLISHED.get(title, "")]
+        mlp = cell(runs, lambda r: r["result"]["mlp"]["trained"])             # as Hjelm et al. judge DIM
+        more[-1] += f"; here {mlp} by an MLP" if mlp else ""
         lines.append(line + (more if kind == "trained" else [""] * 4))
 
     claim = {row: runs for row, runs in found.items() if row == "SimCLR" or row.startswith("GCRL")}

@@ -72,6 +72,7 @@ def measured(row, value):
               "ood": {"patterns": {}}}
     judged["ood"]["patterns"]["Mahalanobis, no labels"] = {"auroc": 0.75}
     result = {"seconds": 61.4, "peak_memory": 2e9, **({"nats": 1.5} if row == "GCRL, hybrid" else {})}
+    result |= {"mlp": {"trained": 0.35}} if row.startswith("DIM") else {}
     frechet = {"samples": 0.5, "test": 0.25} if row == "GCRL, hybrid" else None
     return dict(judged=judged, result=result, frechet=frechet, command="x.py --seed 0")
 
@@ -80,9 +81,11 @@ def test_tables(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json").write_text(json.dumps({"device": "machine", "torch": "2", "threads": 1}))
     args = SimpleNamespace(out=tmp_path, labels=[0.01, 0.1], ood=["patterns"], seeds=2, budget="cpu", data_dir=None)
-    text = results.tables({row: [measured(row, 0.5), measured(row, 0.6)] for row in ("SimCLR", "GCRL, hybrid")}, args)
+    rows = ("SimCLR", "DIM, local", "GCRL, hybrid")
+    text = results.tables({row: [measured(row, 0.5), measured(row, 0.6)] for row in rows}, args)
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in lines[:5]}) == len({line.count("|") for line in lines[5:]}) == 1
+    assert len({line.count("|") for line in lines[:6]}) == len({line.count("|") for line in lines[6:]}) == 1
+    assert "; here 35.0 +- 0.0 by an MLP |" in lines[4]
     assert "| whitened pixels | 15.0 +- 0.0 | 25.0 +- 0.0 | 5.0 +- 0.0 | 5.0 +- 0.0 |  |  |  |  |" in lines
     assert ("| SimCLR | 55.0 +- 7.1 | 30.0 +- 0.0 | 20.0 +- 0.0 | 20.0 +- 0.0 | 10.0 +- 0.0 | 61 +- 0 | 2.0 +- 0.0 |"
             in text)
