@@ -158,9 +158,9 @@ def tables(found, args):
                 *(cell(runs, lambda r: r["judged"]["labels"][share][kind]["mean"]) for share in shares)]
         more = [cell(runs, lambda r: r["judged"]["linear"]["untrained"]),
                 cell(runs, lambda r: r["result"]["seconds"], 1, 0),
-                cell(runs, lambda r: r["result"]["peak_memory"], 1e-9), PUBLISHED.get(title, "")]
+                cell(runs, lambda r: r["result"]["peak_memory"], 1e-9)]
         mlp = cell(runs, lambda r: r["result"]["mlp"]["trained"])             # as Hjelm et al. judge DIM
-        more[-1] += f"; here {mlp} by an MLP" if mlp else ""
+        more.append("; ".join([PUBLISHED[title]] * (title in PUBLISHED) + [f"here {mlp} by an MLP"] * bool(mlp)))
         lines.append(line + (more if kind == "trained" else [""] * 4))
 
     claim = {row: runs for row, runs in found.items() if row == "SimCLR" or row.startswith("GCRL")}
@@ -179,7 +179,8 @@ def tables(found, args):
     machine = f"{told['device']}, torch {told['torch']}, {told['threads']} threads a run; seeds: {args.seeds}"
     commands = "\n".join(f"    python {runs[0]['command']}" for runs in found.values())
     data = f"{args.data_dir or 'CIFAR-10'}, --budget {args.budget}"
-    return f"{data}, {machine}\n\n{markdown(lines)}\n\n{markdown(claims)}\n\n{commands}\n"
+    parts = [f"{data}, {machine}", markdown(lines), *([markdown(claims)] if claim else []), commands]
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv=None):

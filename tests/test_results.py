@@ -86,6 +86,8 @@ def test_tables(tmp_path):
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines[:6]}) == len({line.count("|") for line in lines[6:]}) == 1
     assert "; here 35.0 +- 0.0 by an MLP |" in lines[4]
+    alone = results.tables({"DIM, both": [measured("DIM, both", 0.5)]}, args)
+    assert "| here 35.0 by an MLP |" in alone and "AUROC" not in alone
     assert "| whitened pixels | 15.0 +- 0.0 | 25.0 +- 0.0 | 5.0 +- 0.0 | 5.0 +- 0.0 |  |  |  |  |" in lines
     assert ("| SimCLR | 55.0 +- 7.1 | 30.0 +- 0.0 | 20.0 +- 0.0 | 20.0 +- 0.0 | 10.0 +- 0.0 | 61 +- 0 | 2.0 +- 0.0 |"
             in text)
