@@ -160,7 +160,8 @@ def tables(found, args):
                 cell(runs, lambda r: r["result"]["seconds"], 1, 0),
                 cell(runs, lambda r: r["result"]["peak_memory"], 1e-9)]
         mlp = cell(runs, lambda r: r["result"]["mlp"]["trained"])             # as Hjelm et al. judge DIM
-        more.append("; ".join([PUBLISHED[title]] * (title in PUBLISHED) + [f"here {mlp} by an MLP"] * bool(mlp)))
+        said = [PUBLISHED.get(title, ""), f"here {mlp} by an MLP" if mlp else ""]
+        more.append("; ".join(filter(None, said)))
         lines.append(line + (more if kind == "trained" else [""] * 4))
 
     claim = {row: runs for row, runs in found.items() if row == "SimCLR" or row.startswith("GCRL")}
