@@ -101,6 +101,30 @@ def finished(tiny, tmp_path_factory):
     return lambda script: run(getattr(script, "__name__", script))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def background(request, tmp_path_factory, tiny):
+    """{fixture: (folder, process)}: programs that tests wait for run from the start, on what the tests leave of the
+    machine. A module starts the program of its fixture by start(folder, tiny)."""
+    started = {}
+    for name, module in (("two", "test_distributed"), ("alone", "test_scripts")):
+        if any(name in item.fixturenames for item in request.session.items):
+            folder = tmp_path_factory.mktemp(name)
+            started[name] = folder, importlib.import_module(module).start(folder, tiny)
+    yield started
+    for _, process in started.values():
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def ended(background):
+    """ended(fixture): the folder of its program, when that has come to a good end."""
+    def wait(name):
+        folder, process = background[name]
+        assert process.wait(timeout=300) == 0, (folder / "output").read_text()
+        return folder
+    return wait
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working directory, where a run without --out makes runs/."""

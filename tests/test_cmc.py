@@ -172,22 +172,22 @@ def test_encoder_takes_rgb_and_concatenates(views, folders, channels):
 
 @pytest.mark.parametrize("contrast", ["softmax", "nce"])
 @pytest.mark.parametrize("graph", ["full", "core"])
-@pytest.mark.parametrize("images", [6, 0], ids=["memory-bank", "end-to-end"])
-def test_model_loss_is_the_sum_over_pairs(contrast, graph, images):
+@pytest.mark.parametrize("entries", [6, 0], ids=["memory-bank", "end-to-end"])
+def test_model_loss_is_the_sum_over_pairs(contrast, graph, entries):
     """Anchored at view i, the key and the negatives are those of view j's bank, or of the batch's view j."""
-    model, vectors = new_model("rgb", images), unit(7, 5)
+    model, vectors = new_model("rgb", entries), unit(7, 5)
     z, index, drawn = unit(2, 3, 5), torch.tensor([4, 1]), torch.tensor([0, 1, 5])
     pairs, own = cmc.pairs_of(graph, 3), torch.tensor([[False, False, False], [False, True, False]])
-    own = own if images else torch.eye(2, dtype=torch.bool)
-    model.estimate_z(z, vectors, images or 2, 0.3)
+    own = own if entries else torch.eye(2, dtype=torch.bool)
+    model.estimate_z(z, vectors, entries or 2, 0.3)
     total = 0.0
     for i, j in pairs:
         scores = [math.exp(z[a, i] @ v / 0.3) for a in range(2) for v in vectors]
-        constant = (images or 2) * sum(scores) / len(scores)
+        constant = (entries or 2) * sum(scores) / len(scores)
         assert model.log_z[i].item() == pytest.approx(math.log(constant), rel=1e-4)
-        key, negatives = (model.bank[j, index], model.bank[j, drawn]) if images else (z[:, j], z[:, j])
+        key, negatives = (model.bank[j, index], model.bank[j, drawn]) if entries else (z[:, j], z[:, j])
         parts = z[:, i].double(), key.double(), negatives.double(), 0.3, own
-        total += softmax_oracle(*parts) if contrast == "softmax" else nce_oracle(*parts, constant, images or 2)
+        total += softmax_oracle(*parts) if contrast == "softmax" else nce_oracle(*parts, constant, entries or 2)
     assert model.loss(z, index, drawn, pairs, contrast, 0.3).item() == pytest.approx(total.item(), rel=1e-4)
 
 

@@ -61,17 +61,20 @@ def few_images():
         yield
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """The folder of the runs of all cases, one after the other, in two processes."""
-    folder = tmp_path_factory.mktemp("two")
+def start(folder, tiny):
+    """Runs all cases, one after the other, in two processes."""
     (folder / "program.py").write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(folder / "program.py"), str(ROOT), json.dumps([command(case, folder) for case in CASES])],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder
+    with open(folder / "output", "w") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+             str(folder / "program.py"), str(ROOT), json.dumps([command(case, folder) for case in CASES])],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=folder, stdout=output, stderr=output)
+
+
+@pytest.fixture(scope="module")
+def two(ended):
+    """The folder of the runs in two processes."""
+    return ended("two")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

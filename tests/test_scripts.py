@@ -320,17 +320,22 @@ for folder, *argv in json.loads(sys.argv[1]):
 """
 
 
-@pytest.fixture(scope="session")
-def alone(tmp_path_factory, tiny):
-    """A folder for each script, with it and common/ alone, where it was run."""
-    root, jobs = tmp_path_factory.mktemp("alone"), []
+def start(root, tiny):
+    """Makes a folder for each script, with it and common/ alone, and runs it there."""
+    jobs = []
     for name in ("simclr", "moco", "cmc", "cpc", "dim", "gcrl"):
         (root / name).mkdir()
         shutil.copy(ROOT / f"{name}.py", root / name)
         shutil.copytree(ROOT / "common", root / name / "common", ignore=shutil.ignore_patterns("__pycache__"))
         jobs.append([str(root / name), f"{name}.py", *tiny(name, "--epochs", 1)])
-    subprocess.run([sys.executable, "-c", ALONE, json.dumps(jobs)], cwd=root, check=True, timeout=300)
-    return root
+    with open(root / "output", "w") as output:
+        return subprocess.Popen([sys.executable, "-c", ALONE, json.dumps(jobs)], cwd=root, stdout=output, stderr=output)
+
+
+@pytest.fixture(scope="session")
+def alone(ended):
+    """The folder of the scripts' folders."""
+    return ended("alone")
 
 
 def test_script_and_common_alone(script, alone):
