@@ -184,7 +184,7 @@ def bench_dim(device, autocast, n, repeats, width):
 
     def bare():
         with autocast:
-            y = model.encoder(x)["Y"]
+            y = model.encoder.layers(x)["Y"]
         y.float().square().mean().backward()
         model.zero_grad()
 
