@@ -21,7 +21,6 @@ last map) and Y, and AMDIM's vector.
     python dim.py --dataset cifar10 --estimator infonce     # the paper's encoder
     python dim.py --dataset cifar10 --objective multiscale  # AMDIM
 """
-import functools
 import math
 
 import torch

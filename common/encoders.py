@@ -1,4 +1,5 @@
 """The encoder of a finished run, whichever script made it."""
+import copy
 import importlib
 import json
 from argparse import Namespace
@@ -63,9 +64,8 @@ def load(folder, device, trained=True):
         module = importlib.import_module(method).encoder(args)
     except ModuleNotFoundError:
         raise Refusal(f"{folder} is a run of {method}.py, which has to lie beside common/ to read it") from None
-    initial = {name: value.clone() for name, value in module.state_dict().items()}
-    fill(module, state, f"{folder}/encoder.pt")
+    fill(module if trained else copy.deepcopy(module), state, f"{folder}/encoder.pt")         # checked either way
     if not trained:
         data = {name: state[name] for name in ("palette", "first_pixel") if name in state}
-        module.load_state_dict({**initial, **data})
+        module.load_state_dict(data, strict=False)
     return args, module.to(device, memory_format=torch.channels_last).eval()

@@ -119,7 +119,8 @@ def main(argv=None):
         likelihood = gcrl_likelihood(args.run, device, autocast) if method == "gcrl" and settings.alpha > 0 else None
         keep(ood=strangers(data, x.get("trained"), (encode(module), module), outside, likelihood))
     if args.blocks:
-        keep(blocks=by_block(data, args.run, "" if name == settings.dataset else f"-{name}", device, autocast))
+        own = (name, place) == (settings.dataset, settings.data_dir)
+        keep(blocks=by_block(data, args.run, "" if own else f"-{name}", device, autocast))
     print(f"\nsaved in {path}")
     return result
 

@@ -3,7 +3,6 @@
 Parameter names are torchvision's, so `torchvision.models.resnet18().load_state_dict(ours, strict=False)` misses only
 `fc.*` when the stem is "imagenet" and the width 64.
 """
-import torch
 import torch.nn.functional as F
 from torch import nn
 

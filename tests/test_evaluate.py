@@ -3,7 +3,6 @@ import copy
 import json
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,6 +212,9 @@ def test_gcrl_by_depth(finished, here):
     assert all(0 <= value <= 1 for value in blocks.values())
     with Image.open(here / "run" / "blocks.png") as image:
         assert image.size == (110 * 4 + 20, 240)
+    before = (here / "run" / "blocks.png").read_bytes()
+    assert judge(here / "run", "--dataset", "patterns", "--blocks")["blocks"] != blocks
+    assert (here / "run" / "blocks.png").read_bytes() == before and (here / "run" / "blocks-patterns.png").exists()
 
 
 def test_likelihood_is_the_runs(finished):
