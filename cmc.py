@@ -197,6 +197,8 @@ DEFAULTS = {  # of a data set, where they differ from those below
                    dictionary="end-to-end"),
     "stl10": dict(image_size=96),
     "folder": dict(image_size=224, stem="imagenet", negatives=16384, batch_size=256, weight_decay=1e-4),
+    "small": dict(image_size=32, stem="cifar", width=8, epochs=20, batch_size=128, negatives=4096, lr=0.2, crop_min=0.4,
+                  weight_decay=1e-4),
 }
 
 
@@ -272,10 +274,13 @@ def main(argv=None):
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
+    run = Run("cmc", vars(args), device, rank)
     data = distributed.first_alone(load, args.dataset, args.views_dir or args.data_dir, args.image_size, device,
                                    args.workers, args.cache_gb, args.seed)
     images, banked = len(data.train), args.dictionary == "memory-bank"
     steps = steps_per_epoch(images, args.batch_size, world)
+    run.describe(precision=amp or torch.float32, processes=world)
+    run.ready("data", data.describe())
     pairs = pairs_of(args.graph, len(encoder(args).nets))
 
     def new_model():
@@ -284,6 +289,7 @@ def main(argv=None):
         return distributed.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
 
     model = new_model()
+    run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
     net = distributed.wrap(model)
     net = torch.compile(net) if args.compile else net
     lr = args.lr * args.batch_size / 256
@@ -292,18 +298,18 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     rng, recipe = augment.Random(args.seed, rank, world), (args.image_size, args.crop_min, args.jitter)
 
-    run = Run("cmc", vars(args), device, rank)
     m = args.negatives or images if banked else args.batch_size - 1
     chance = math.log(1 + m) + (m * math.log1p(1 / m) if args.contrast == "nce" else 0)
     metrics = {"loss": ("loss", f"chance {len(pairs) * chance:.3f}"), "spread": ("spread", "")}
     progress = Progress(run, args.epochs, steps, args.batch_size, metrics)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng, progress=progress)
     epoch, step = run.restore()
-    run.describe(vars(args), precision=amp or torch.float32, images=images, steps=steps, processes=world)
     everything = torch.arange(images, device=device)
     net.train()
     if epoch == step == 0:
         begin(model, data.train, args.batch_size, augment.Random(args.seed), recipe, autocast, args.tau)
+        if banked:
+            run.ready("memory bank", f"the untrained encoders' vectors of {images:,} images")
     with run:
         while epoch < args.epochs:
             order = epoch_order(images, args.batch_size, args.seed, epoch, rank, world)[step:]

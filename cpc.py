@@ -189,6 +189,8 @@ DEFAULTS = {  # of a data set, where they differ from those below
     "stl10": dict(image_size=64, patch=16, stride=8),
     "fashionmnist": dict(image_size=28),
     "folder": dict(image_size=256, patch=64, stride=32, stem="imagenet", arch="resnet50"),
+    "small": dict(image_size=24, patch=8, stride=4, steps=4, stem="cifar", arch="resnet18", width=16, context_width=64,
+                  epochs=8, lr=1e-3),
 }
 
 
@@ -237,10 +239,15 @@ def main(argv=None):
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
+    run = Run("cpc", vars(args), device, rank)
+    rows = (args.image_size - args.patch) // args.stride + 1
+    ahead = steps_ahead(args.patch, args.stride, args.steps)
     data = distributed.first_alone(load, args.dataset, args.data_dir, args.image_size, device, args.workers,
                                    args.cache_gb, args.seed)
     steps = steps_per_epoch(len(data.train), args.batch_size, world)
-    ahead = steps_ahead(args.patch, args.stride, args.steps)
+    run.describe(precision=amp or torch.float32, processes=world, grid=f"{rows} x {rows}",
+                 ahead=f"{ahead.start} to {ahead.stop - 1}")
+    run.ready("data", data.describe())
 
     def new_model():
         torch.manual_seed(args.seed)
@@ -248,6 +255,7 @@ def main(argv=None):
         return distributed.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
 
     model = new_model()
+    run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
     net = distributed.wrap(model)
     net = torch.compile(net) if args.compile else net
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
@@ -256,15 +264,11 @@ def main(argv=None):
     rng = augment.Random(args.seed, rank, world)
     recipe = args.image_size, args.crop_min, args.augmentation, args.patch, args.stride
 
-    run = Run("cpc", vars(args), device, rank)
-    rows = (args.image_size - args.patch) // args.stride + 1
     chance = sum(math.log(args.batch_size * (rows - k) * rows) for k in ahead) / len(ahead)
     metrics = {"loss": ("loss", f"chance {chance:.3f}"), "spread": ("spread", "")}
     progress = Progress(run, args.epochs, steps, args.batch_size, metrics)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng, progress=progress)
     epoch, step = run.restore()
-    run.describe(vars(args), precision=amp or torch.float32, images=len(data.train), processes=world,
-                 grid=f"{rows} x {rows}", ahead=f"{ahead.start} to {ahead.stop - 1}")
     net.train()
     with run:
         while epoch < args.epochs:

@@ -307,9 +307,12 @@ DEFAULTS = {  # of a data set or an objective, where they differ from those belo
     "folder": dict(image_size=128, arch="resnet18", stem="imagenet"),
     "global": dict(alpha=1.0, beta=0.0, gamma=1.0),
     "both": dict(alpha=0.5, beta=1.0),
+    "small": dict(image_size=32, arch="conv", stem="cifar", width=32, units=512, estimator="infonce", epochs=20,
+                  lr=5e-4),
     "multiscale": dict(views=2, estimator="infonce", arch="conv", stem="cifar", width=128, units=1024, batch_size=256,
                        lr=2e-4, weight_decay=1e-5, epochs=300),
     "shapes multiscale": dict(width=16, units=128, epochs=20, batch_size=64, lr=1e-3),
+    "small multiscale": dict(image_size=32, width=16, units=256, depth=1, epochs=5, batch_size=128, lr=1e-3),
 }
 
 
@@ -369,9 +372,12 @@ def main(argv=None):
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
+    run = Run("dim", vars(args), device, rank)
     data = distributed.first_alone(load, args.dataset, args.data_dir, args.image_size, device, args.workers,
                                    args.cache_gb, args.seed)
     steps, multiscale = steps_per_epoch(len(data.train), args.batch_size, world), args.objective == "multiscale"
+    run.describe(precision=amp or torch.float32, processes=world)
+    run.ready("data", data.describe())
 
     def new_model():
         torch.manual_seed(args.seed)
@@ -383,6 +389,7 @@ def main(argv=None):
         return distributed.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
 
     model = new_model()
+    run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
     net = distributed.wrap(model)
     net = torch.compile(net) if args.compile else net
     betas = (0.8, 0.999) if multiscale else (0.9, 0.999)
@@ -391,7 +398,6 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     rng = augment.Random(args.seed, rank, world)
 
-    run = Run("dim", vars(args), device, rank)
     names = ["loss", "penalty"] if multiscale else \
         [name for name, weight in (("global", args.alpha), ("local", args.beta), ("prior", args.gamma)) if weight > 0]
     level = math.log(4) if args.estimator == "jsd" and not multiscale else 0.0
@@ -400,7 +406,6 @@ def main(argv=None):
     progress = Progress(run, args.epochs, steps, args.batch_size, metrics)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng, progress=progress)
     epoch, step = run.restore()
-    run.describe(vars(args), precision=amp or torch.float32, images=len(data.train), steps=steps, processes=world)
     net.train()
     with run:
         while epoch < args.epochs:

@@ -21,6 +21,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from common import augment, cli, distributed, drawing, encoders, linear_probe, pictures
 from common.data import NAMES, epoch_order, load, steps_per_epoch
@@ -103,8 +104,22 @@ class GCRL(nn.Module):
         """sum_{k=2..D} log p(x_k | x_<k) of each image, in nats: (N,)."""
         return log_likelihood(self.logits(tokens), tokens)
 
-    def forward(self, x1, x2, generate, contrast):
-        """What a training step needs, the encoder run once: log p(x1) (N,) or None, z1 and z2 or None, features."""
+    def forward(self, x1, x2, generate, contrast, micro_batch=None):
+        """What a training step needs: log p(x1) (N,) or None, z1 and z2 (N, z_dim) or None, and the features.
+
+        micro_batch: how many of the N images go through the network at once, None: all. If these are fewer than N, no
+        activations are kept, they are computed again in the backward pass: memory is that of one micro-batch, while
+        NT-Xent still compares all N (gradient caching, Gao et al. 2021, 2101.06983, by torch.utils.checkpoint).
+        """
+        if micro_batch is None or micro_batch >= len(x1):
+            return self.outputs(x1, x2, generate, contrast)
+        parts = zip(x1.split(micro_batch), (x2 if contrast else x1).split(micro_batch))
+        outputs = [checkpoint(self.outputs, *part, generate, contrast, use_reentrant=False, preserve_rng_state=False)
+                   for part in parts]
+        return tuple(None if values[0] is None else torch.cat(values) for values in zip(*outputs))
+
+    def outputs(self, x1, x2, generate, contrast):
+        """`forward` of all images at once, the encoder run once for both views."""
         grid = self.encode_grid(torch.cat([x1, x2]) if contrast else x1)
         log_p = log_likelihood(self.decode(grid[: len(x1)], x1), x1) if generate else None
         h = grid.mean(dim=(1, 2))                                             # (2N, C), or (N, C) without contrast
@@ -157,7 +172,7 @@ class Encoder(GCRL):
         del self.decoder, self.decoder_norm, self.to_logits, self.head
 
     def forward(self, x):
-        return self.encode(quantise(x, self.palette))
+        return torch.cat([self.encode(quantise(part, self.palette)) for part in x.split(64)])           # for memory
 
     def stages(self):
         blocks = [list(pair) for pair in zip(self.encoder[::2], self.encoder[1::2])]
@@ -198,7 +213,9 @@ def nt_xent(z1, z2, tau):
 
 DEFAULTS = {  # of a data set, where they differ from those below
     "shapes": dict(image_size=12, colours=2, width=64, encoder_layers=1, decoder_layers=1, heads=4, crop_min=0.4,
-                   jitter=0.3, epochs=9, batch_size=32, lr=2.5e-3),
+                   jitter=0.3, epochs=9, batch_size=32, micro_batch=32, lr=2.5e-3),
+    "small": dict(image_size=16, colours=64, width=96, encoder_layers=2, decoder_layers=2, heads=6, crop_min=0.3,
+                  epochs=5, batch_size=128, micro_batch=128, lr=2e-3),
 }
 
 
@@ -220,6 +237,9 @@ def arguments(argv):
     add("--epochs", type=cli.count, default=100, help="passes over the training images")
     add("--warmup", type=cli.number(float, 0, True, 1), default=0.05, help="share of the epochs with a rising rate")
     add("--batch-size", type=cli.number(int, 2, True), default=256, help="images a step, over all processes")
+    add("--micro-batch", type=cli.count, default=None, help="images that go through the network at once (default: 16 on "
+        "a GPU, else 8): loss and gradients stay those of the whole batch; more of them need more memory and, where all "
+        "fit at once, a quarter less time")
     add("--lr", type=cli.positive, default=1e-3, help="peak learning rate of AdamW")
     add("--weight-decay", type=cli.nonnegative, default=0.01, help="AdamW's decay of all weights but biases and norms")
     add("--tau", type=cli.positive, default=0.2, help="temperature of the contrastive loss")
@@ -244,23 +264,32 @@ def main(argv=None):
     if "sample" in args:
         return draw(args)
     generate, contrast, device = args.alpha > 0, args.beta > 0, cli.pick_device(args.device)
+    args.micro_batch = args.micro_batch or (8 if device.type == "cpu" else 16)
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
+    run = Run("gcrl", vars(args), device, rank)
     data = distributed.first_alone(load, args.dataset, args.data_dir, args.image_size, device, args.workers,
                                    args.cache_gb, args.seed)
     steps = steps_per_epoch(len(data.train), args.batch_size, world)
+    run.describe(precision=amp or torch.float32, processes=world)
+    run.ready("data", data.describe())
     some = data.train.at(data.train.some(2000))                               # (2000, 3, S, S) uint8, for the palette
     palette = fit_palette(some, args.colours, args.seed)
-    tokens, args.colours = quantise(some, palette), len(palette)              # fewer where the images have fewer
+    args.colours = len(palette)                                               # fewer where the images have fewer
+    first_pixels = quantise(some[:, :, :1, :1], palette).flatten()
+    error = dequantise(quantise(some[:200], palette), palette) - some[:200] / 255
+    palette_error = 255 * error.square().mean().sqrt().item()
+    run.ready("palette", f"{len(palette)} colours, off by {palette_error:.1f} of 255 (RMS)")
 
     def new_model():
         torch.manual_seed(args.seed)
         model = GCRL(len(palette), args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
         model.palette.copy_(palette)
-        model.first_pixel.copy_(torch.bincount(tokens[:, 0, 0], minlength=len(palette)))
+        model.first_pixel.copy_(torch.bincount(first_pixels, minlength=len(palette)))
         return model.to(device)
 
     model = new_model()
+    run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
     net = distributed.wrap(model, all_used=generate and contrast)
     net = torch.compile(net) if args.compile else net
     vectors, matrices = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (False, True))
@@ -270,7 +299,6 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     rng = augment.Random(args.seed, rank, world)
 
-    run = Run("gcrl", vars(args), device, rank)
     predicted = args.image_size**2 - 1                                        # tokens that L_g scores
     metrics = {"nats": ("nats/token", f"uniform {math.log(len(palette)):.3f}")} if generate else {}
     metrics |= {"contrastive": ("L_c", f"chance {math.log(2 * args.batch_size - 1):.3f}")} if contrast else {}
@@ -278,7 +306,6 @@ def main(argv=None):
     progress = Progress(run, args.epochs, steps, args.batch_size, metrics)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng, progress=progress)
     epoch, step = run.restore()
-    run.describe(vars(args), precision=amp or torch.float32, images=len(data.train), steps=steps, processes=world)
     net.train()
     with run:
         while epoch < args.epochs:
@@ -288,8 +315,8 @@ def main(argv=None):
                 x2 = quantise(strong_view(x, rng, args.crop_min, args.jitter), model.palette) if contrast else None
                 set_rate(optimizer, args.lr * cosine(epoch * steps + step, args.epochs * steps, args.warmup))
                 with autocast:
-                    log_p, z1, z2, h = net(x1, x2, generate, contrast)
-                l_g = [-log_p.mean() / predicted] if generate else []         # a list: of one loss, or none
+                    log_p, z1, z2, h = net(x1, x2, generate, contrast, args.micro_batch)
+                l_g = [-distributed.gather(log_p).mean() / predicted] if generate else []          # one loss, or none
                 l_c = [nt_xent(distributed.gather(z1), distributed.gather(z2), args.tau)] if contrast else []
                 loss = args.alpha * sum(l_g) + args.beta * sum(l_c)
                 optimizer.zero_grad()
@@ -309,8 +336,8 @@ def main(argv=None):
 
     def of_pixels(function):
         def call(x):                                                          # uint8 (N, 3, S, S)
-            with autocast:
-                return function(quantise(x, model.palette))
+            with autocast:                                                    # few at once, for memory
+                return torch.cat([function(quantise(part, model.palette)) for part in x.split(64)])
         return call
 
     def picture(name, *tokens):
@@ -321,9 +348,9 @@ def main(argv=None):
     rng, x, held = augment.Random(args.seed), some[:32].to(device), data.test or data.train
     views = weak_view(x, rng), strong_view(x, rng, args.crop_min, args.jitter)
     picture("views.png", *(quantise(v, model.palette) for v in views))
-    more = {"palette_error": (dequantise(tokens, palette) - some / 255).square().mean().sqrt().item() * 255}
+    more = {"palette_error": palette_error}
     if generate:
-        more["nats"] = -linear_probe.features(of_pixels(model.log_prob), held, model, 128).mean().item() / predicted
+        more["nats"] = -linear_probe.features(of_pixels(model.log_prob), held, model).mean().item() / predicted
         more["bits"] = more["nats"] / math.log(2)
         run.say(f"\n{'test' if data.test else 'training'} images: {more['nats']:.3f} nats, {more['bits']:.3f} bits per "
                 f"predicted token (uniform {math.log(len(palette)):.3f} nats); not bits per dimension: the palette is "
@@ -347,4 +374,4 @@ def draw(args):
 
 
 if __name__ == "__main__":
-    cli.program(main)
+    cli.program(main, memory="--micro-batch, --width, --image-size or --cache-gb")

@@ -199,6 +199,8 @@ DEFAULTS = {  # of a data set or a dictionary, where they differ from those belo
     "fashionmnist": dict(image_size=28),
     "folder": dict(image_size=224, blur=0.5, stem="imagenet", negatives=65536, m=0.999, tau=0.2, head="mlp",
                    weight_decay=1e-4, batch_size=256),
+    "small": dict(image_size=32, blur=0.0, stem="cifar", width=16, epochs=25, batch_size=256, negatives=4096, m=0.99,
+                  tau=0.1, head="linear", crop_min=0.2, lr=0.12, weight_decay=1e-4),
     "memory-bank": dict(bn_groups=1),                     # keys come from earlier batches: batch norm leaks nothing
     "shapes memory-bank": dict(negatives=0, tau=0.1, epochs=35),
     "shapes end-to-end": dict(epochs=25),
@@ -257,12 +259,15 @@ def main(argv=None):
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
+    run = Run("moco", vars(args), device, rank)
     if args.bn_groups > 1 and args.bn_groups % world:
         raise cli.Refusal(f"--bn-groups {args.bn_groups} is not a multiple of the {world} processes")
     data = distributed.first_alone(load, args.dataset, args.data_dir, args.image_size, device, args.workers,
                                    args.cache_gb, args.seed)
     images, two_views = len(data.train), args.dictionary != "memory-bank"
     steps = steps_per_epoch(images, args.batch_size, world)
+    run.describe(precision=amp or torch.float32, processes=world)
+    run.ready("data", data.describe())
 
     def new_model():
         torch.manual_seed(args.seed)
@@ -273,6 +278,7 @@ def main(argv=None):
         return model.to(device, memory_format=torch.channels_last)
 
     model = new_model()
+    run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
     net = distributed.wrap(model)
     net = torch.compile(net) if args.compile else net
     lr = args.lr * args.batch_size / 256
@@ -282,13 +288,11 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     rng, recipe = augment.Random(args.seed, rank, world), (args.image_size, args.crop_min, args.augmentation, args.blur)
 
-    run = Run("moco", vars(args), device, rank)
     negatives = args.batch_size - 1 if args.dictionary == "end-to-end" else args.negatives or images - 1
     metrics = {"loss": ("loss", f"chance {math.log(1 + negatives):.3f}"), "spread": ("spread", "")}
     progress = Progress(run, args.epochs, steps, args.batch_size, metrics)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng, progress=progress)
     epoch, step = run.restore()
-    run.describe(vars(args), precision=amp or torch.float32, images=images, steps=steps, processes=world)
     factor = functools.partial(cosine, warmup=0) if args.schedule == "cosine" else tenths
     everything = torch.arange(images, device=device)
     net.train()

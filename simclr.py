@@ -127,6 +127,8 @@ DEFAULTS = {  # of a data set, where they differ from those below
     "stl10": dict(image_size=96),
     "fashionmnist": dict(image_size=28),
     "folder": dict(image_size=224, jitter=1.0, blur=0.5, stem="imagenet"),
+    "small": dict(image_size=32, jitter=0.5, blur=0.0, stem="cifar", width=16, epochs=20, batch_size=256, crop_min=0.2,
+                  lr=0.2, tau=0.2),
 }
 
 
@@ -162,9 +164,12 @@ def main(argv=None):
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
+    run = Run("simclr", vars(args), device, rank)
     data = distributed.first_alone(load, args.dataset, args.data_dir, args.image_size, device, args.workers,
                                    args.cache_gb, args.seed)
     steps = steps_per_epoch(len(data.train), args.batch_size, world)
+    run.describe(precision=amp or torch.float32, processes=world)
+    run.ready("data", data.describe())
 
     def new_model():
         torch.manual_seed(args.seed)
@@ -172,6 +177,7 @@ def main(argv=None):
         return distributed.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
 
     model = new_model()
+    run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
     net = distributed.wrap(model)
     net = torch.compile(net) if args.compile else net
     lr = args.lr * args.batch_size / 256
@@ -184,12 +190,10 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     rng, recipe = augment.Random(args.seed, rank, world), (args.image_size, args.crop_min, args.jitter, args.blur)
 
-    run = Run("simclr", vars(args), device, rank)
     metrics = {"loss": ("loss", f"chance {math.log(2 * args.batch_size - 1):.3f}"), "spread": ("spread", "")}
     progress = Progress(run, args.epochs, steps, args.batch_size, metrics)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng, progress=progress)
     epoch, step = run.restore()
-    run.describe(vars(args), precision=amp or torch.float32, images=len(data.train), steps=steps, processes=world)
     net.train()
     with run:
         while epoch < args.epochs:

@@ -57,6 +57,8 @@ nonnegative = number(float, 0, True)
 def add_run_flags(parser):
     """The flags that mean the same to every method: where the data is, what the run uses and where it is kept."""
     add = parser.add_argument
+    add("--small", action="store_true", help="settings of a real data set for about half an hour to an hour without a "
+        "GPU: smaller images, networks and batches, fewer epochs; other flags go before it")
     add("--data-dir", default="data", metavar="DIR",
         help="folder of downloads, or of your images (DIR/train/CLASS/*, DIR/test/CLASS/*)")
     add("--seed", type=number(int, 0, True, 2**32 - 1), default=0, 
@@ -83,29 +85,57 @@ def cores():
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def program(main):
-    """Runs a script's main as a program: a Refusal is one sentence on stderr and exit status 2, without traceback."""
+def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
+    """Runs a script's main as a program: a Refusal is one sentence on stderr and exit status 2, without traceback.
+
+    memory: the flags that lower the need of memory, for the sentence of where there is too little.
+    """
     name = os.path.basename(sys.argv[0])
+    free = limit_memory()
     try:
         main()
     except Refusal as refusal:
         status, sentence = 2, str(refusal)
     except torch.OutOfMemoryError:
-        status, sentence = 2, "the device is out of memory: lower --batch-size, --width or --cache-gb"
+        status, sentence = 2, f"the GPU is out of memory: lower {memory}"
+    except MemoryError:
+        status, sentence = 2, f"this needs more memory than the {free / 1e9:.1f} GB that were free: lower {memory}"
     except OSError as error:
         if error.filename is None and error.strerror is None:
             raise
         status, sentence = 2, f"{error.filename or 'a file'}: {error.strerror}"
     except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error):
+        if "PytorchStreamWriter" in str(error):
+            status, sentence = 2, "a checkpoint could not be written: make room on the disk of --out, then --resume"
+        elif "DefaultCPUAllocator" in str(error) or "could not create" in str(error):            # torch's, oneDNN's
+            status, sentence = 2, f"this needs more memory than the {free / 1e9:.1f} GB that were free: lower {memory}"
+        else:
             raise
-        status, sentence = 2, "a checkpoint could not be written: make room on the disk of --out, then --resume"
     except KeyboardInterrupt:
         status, sentence = 130, "interrupted"
     else:
         return
     print(f"{name}: {sentence}", file=sys.stderr)
     sys.exit(status)
+
+
+def limit_memory():
+    """Bytes of memory that are free now. On Linux without CUDA the process is bound by them from here on: an allocation
+    that goes beyond them fails, here and with a sentence, where the system would grant it and then kill the process.
+    """
+    try:
+        import resource                                                       # Windows has none
+        told = dict(line.split()[:2] for file in ("/proc/meminfo", "/proc/self/status") for line in open(file)
+                    if line.startswith(("MemAvailable:", "VmData:")))
+        free, taken = 1024 * int(told["MemAvailable:"]), 1024 * int(told["VmData:"])
+    except (ImportError, OSError, KeyError):
+        return math.nan
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):   # of a container
+        if os.path.exists(file) and (limit := open(file).read().strip()).isdecimal():
+            free = min(free, int(limit))
+    if not torch.cuda.is_available():                                         # its driver reserves more than it takes
+        resource.setrlimit(resource.RLIMIT_DATA, (taken + free, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    return free
 
 
 def pick_device(name):
@@ -128,14 +158,15 @@ def pick_device(name):
 def pick_amp(name, device):
     """The dtype of autocast: torch.bfloat16, torch.float16 or None (float32).
 
-    "auto" is bf16 where the hardware multiplies it fast (CUDA from Ampere on, CPUs with AMX), fp16 on older GPUs, which
-    needs a gradient scaler, else float32.
+    "auto" is bf16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AMX or AVX-512 BF16), fp16 on older
+    GPUs, which needs a gradient scaler, else float32.
     """
     if name == "auto":
         if device.type == "cuda":
             name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
         elif device.type == "cpu":
-            name = "bf16" if torch.cpu.get_capabilities().get("amx_bf16", False) else "off"
+            has = torch.cpu.get_capabilities()
+            name = "bf16" if has.get("amx_bf16") or has.get("avx512_bf16") else "off"
         else:
             name = "off"
     if name == "fp16" and device.type != "cuda":

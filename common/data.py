@@ -37,7 +37,7 @@ class Images:
     def __init__(self, source, labels, device, workers, in_memory):
         """source: uint8 (N, 3, S, S), or a Dataset that gives such images one by one (`Decoder`, `Stack`)."""
         self.device, self.workers = device, workers
-        self.source, self.pixels = source, None
+        self.source, self.pixels, self.shape = source, None, tuple(source.shape[-3:])
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64, device=device)
         if torch.is_tensor(source):
             self.pixels = source.to(device)
@@ -88,6 +88,17 @@ class Data(NamedTuple):
     test: Images | None
     classes: tuple
     unlabelled: str = ""
+
+    def describe(self):
+        """How many images there are, of what size, and where they are kept: a line."""
+        side, parts = self.train.shape[-1], [f"{len(self.train):,} training images"]
+        if self.labelled and self.labelled is not self.train:
+            parts.append(f"{len(self.labelled):,} labelled ones")
+        if self.test:
+            parts.append(f"{len(self.test):,} test images of {len(self.classes)} classes")
+        kept = (f"in the memory of {self.train.device}" if self.train.pixels is not None else
+                f"decoded as they are needed by {self.train.workers} processes")
+        return f"{', '.join(parts)}, {side} x {side}, {kept}"
 
 
 def epoch_order(n, batch_size, seed, epoch, rank=0, world=1):

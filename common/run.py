@@ -19,19 +19,20 @@ from common import distributed, encoders, linear_probe, pictures
 from common.cli import Refusal
 
 # Settings that may change on --resume: where and how fast it runs, not what is computed.
-FREE_ON_RESUME = {"resume", "device", "compile", "workers", "data_dir", "cache_gb"}
+FREE_ON_RESUME = {"resume", "device", "compile", "workers", "data_dir", "cache_gb", "micro_batch"}
 
 
 def parse(parser, argv, defaults, by=("dataset",)):
     """The arguments of a new run, or of the run that --resume names.
 
     defaults: {"shapes" or "shapes memory-bank": {setting: value}}, what a run uses unless a flag says otherwise, where
-    the flags named in `by` have all these values; a later entry goes before an earlier one. --help shows those of the
-    flags beside it. A resumed run takes its settings from its args.json.
+    the flags named in `by` have all these values; a later entry goes before an earlier one. "small" stands for the flag
+    --small. --help shows those of the flags beside it. A resumed run takes its settings from its args.json.
     """
     argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--resume")
+    first.add_argument("--small", action="store_true")
     for name in by:
         first.add_argument(f"--{name}", default=parser.get_default(name))
     try:
@@ -46,7 +47,9 @@ def parse(parser, argv, defaults, by=("dataset",)):
         args = stored_arguments(parser, argv, stored, FREE_ON_RESUME, "on --resume")
         args.out = told.resume
         return args
-    chosen = {getattr(told, name) for name in by}
+    if told.small and told.dataset == "shapes":
+        raise Refusal("--small is for real images: --dataset shapes takes two minutes without it, leave it out")
+    chosen = {getattr(told, name) for name in by} | ({"small"} if told.small else set())
     for values, settings in defaults.items():
         if chosen.issuperset(values.split()):
             parser.set_defaults(**settings)
@@ -72,15 +75,22 @@ class Run:
     """
 
     def __init__(self, method, settings, device, rank=0):
-        """settings: plain values. The folder is settings["resume"], or new: settings["out"], else the next free one."""
-        self.method, self.rank, self.tracked = method, rank, {}
+        """settings: plain values. The folder is settings["resume"], or a new one, which is made when training begins
+        (`with run:`): until then an interruption leaves nothing behind. Raises Refusal where settings["out"] is taken.
+        """
+        self.method, self.settings, self.device, self.rank, self.tracked = method, settings, device, rank, {}
         self.history, self.signal, self.resumed = [], None, bool(settings["resume"])
+        self.folder, self.since = None, time.perf_counter()
         if self.resumed:
             self.folder = Path(settings["resume"])
-            return
-        self.folder = free_folder(method, settings) if rank == 0 else Path(os.devnull)
+        elif settings["out"] and rank == 0:
+            refuse_taken(Path(settings["out"]))
+
+    def make_folder(self):
+        """Makes the folder of a new run (settings["out"], else the next free one), with its args.json."""
+        self.folder = free_folder(self.method, self.settings) if self.rank == 0 else Path(os.devnull)
         self.write_json("args.json", {
-            "method": method, "settings": settings, "argv": sys.argv, "device": device_name(device),
+            "method": self.method, "settings": self.settings, "argv": sys.argv, "device": device_name(self.device),
             "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
             "numpy": np.__version__, "threads": torch.get_num_threads()})
 
@@ -108,9 +118,9 @@ class Run:
 
         Raises Refusal where the checkpoint is cut off, or another method's or model's.
         """
-        path = self.folder / "checkpoint.pt"
-        if not self.resumed or not self.saved():                             # killed before its first epoch ended
+        if not self.resumed or not self.saved():                              # killed before its first epoch ended
             return 0, 0
+        path = self.folder / "checkpoint.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if state["method"] != self.method:
@@ -136,6 +146,12 @@ class Run:
     def say(self, *words):
         if self.rank == 0:
             print(*words, flush=True)
+
+    def ready(self, what, text):
+        """A line of the start-up: what is ready, and the seconds since the line before (or since the run began)."""
+        now = time.perf_counter()
+        self.say(f"{what}: {text} ({now - self.since:.1f} s)")
+        self.since = now
 
     def finish(self, data, encoders, device, measures=("linear", "knn"), **more):
         """Judges the encoders (`linear_probe.evaluate`), prints the table, and writes result.json and neighbours.png.
@@ -163,6 +179,11 @@ class Run:
 
     def __enter__(self):
         """From here on Ctrl-C and SIGTERM only ask `stop_requested`; a second one ends the program at once."""
+        if not self.resumed:
+            self.make_folder()
+        self.say(f"run folder: {self.folder}")
+        self.since = time.perf_counter()                                      # of the first step's start
+
         def handler(number, frame):
             self.signal = number
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -170,16 +191,19 @@ class Run:
         self.before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        failed = error and issubclass(error, (Exception, KeyboardInterrupt))
+        if failed and self.rank == 0 and not self.resumed and not self.saved() and not self.history:
+            (self.folder / "args.json").unlink(missing_ok=True)               # a new run that came to nothing
+            self.folder.rmdir()
 
-    def describe(self, settings, **facts):
+    def describe(self, **facts):
         """Prints the resolved settings, and facts that follow from them."""
-        words = [f"{k.replace('_', '-')} {v}" for k, v in {**settings, **facts}.items() if v is not None]
+        words = [f"{k.replace('_', '-')} {v}" for k, v in {**self.settings, **facts}.items() if v is not None]
         self.say(textwrap.fill(f"{self.method}: " + ", ".join(words), 100, subsequent_indent="    ",
                                break_on_hyphens=False))
-        self.say(f"run folder: {self.folder}")
 
     def stop_requested(self):
         return distributed.any_process(self.signal is not None)
@@ -211,10 +235,7 @@ def free_folder(method, settings):
     """Makes and returns settings["out"], or the next free runs/METHOD-DATASET-SEED[-2, -3, ...]."""
     if settings["out"]:
         folder = Path(settings["out"])
-        if (folder / "args.json").exists():
-            raise Refusal(f"--out {folder} holds a run already: go on with --resume {folder}, or name another folder")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise Refusal(f"--out {folder} exists and is not an empty folder: name another")
+        refuse_taken(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     name, number = f"runs/{method}-{settings['dataset']}-{settings['seed']}", 1
@@ -225,6 +246,14 @@ def free_folder(method, settings):
             return folder
         except FileExistsError:
             number += 1
+
+
+def refuse_taken(folder):
+    """Raises Refusal where a new run cannot have the folder that --out names."""
+    if (folder / "args.json").exists():
+        raise Refusal(f"--out {folder} holds a run already: go on with --resume {folder}, or name another folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Refusal(f"--out {folder} exists and is not an empty folder: name another")
 
 
 def device_name(device):
@@ -263,20 +292,26 @@ def spread(h):
 
 
 COLLAPSED = 0.01  # a spread below this is one point up to noise
+FIRST_LINE, LATER_LINES = 10.0, 60.0  # seconds after the first step, and between lines
+LONG = 3 * 3600  # seconds of training after which a run is told of --small
 
 
 class Progress:
-    """The epoch's means, and the line that shows them: rewritten on a terminal, else a line an epoch.
+    """The epoch's means, and the lines that show how training goes on.
 
-    metrics: {name: (label, note)} of what `update` is given. Values stay on the device until the line is due, so the
-    loop does not wait for the device each step.
+    A line ten seconds after the first step, one about each minute, and one at the end of each epoch, on a terminal and
+    in a log file alike; a terminal also has a line that is rewritten all the time.
+
+    metrics: {name: (label, note)} of what `update` is given. Values stay on the device until a line is due, so the loop
+    does not wait for the device each step.
     """
 
     def __init__(self, run, epochs, steps, batch_size, metrics):
         """steps: of an epoch."""
         self.run, self.epochs, self.steps, self.images, self.metrics = run, epochs, steps, steps * batch_size, metrics
         self.pending, self.sums, self.seconds, self.last = [], [0.0] * len(metrics), 0.0, None
-        self.shown, self.since, self.done, self.rate = 0.0, time.perf_counter(), 0, 0.0
+        self.read_at = self.line_at = self.first_at = None                    # set by the first step
+        self.first_seconds, self.done, self.lines = 0.0, 0, 0                 # of the first step; steps after it
 
     def state_dict(self):
         self.read()
@@ -287,13 +322,28 @@ class Progress:
 
     def update(self, epoch, step, values):
         """After a step: values is a list of scalar tensors, in the order of the metrics. May raise Refusal (`read`)."""
-        self.at, self.done = (epoch, step), self.done + 1
+        self.at = epoch, step
         self.pending.append(torch.stack([v.detach().float() for v in values]))
-        if time.perf_counter() - self.shown > 0.5 or step + 1 == self.steps:
+        if self.first_at is None:
+            self.read_at = self.run.since
+            self.read()
+            self.first_at, self.first_seconds = self.read_at, self.read_at - self.run.since
+            # Where nothing is compiled or loaded in it, a slow first step is as slow as the next and said at once.
+            like_others = self.run.device.type == "cpu" and not self.run.settings["compile"]
+            self.line_at = FIRST_LINE + (self.run.since if like_others else self.first_at)
+        else:
+            self.done += 1
+        now = time.perf_counter()
+        if now > self.line_at:
+            self.read()
+            self.line(self.status(), end="\n")
+            if not self.lines:
+                self.warn_if_long()
+            self.lines, self.line_at = self.lines + 1, now + LATER_LINES
+        elif now - self.read_at > 0.5 or step + 1 == self.steps:
             self.read()
             if sys.stdout.isatty():
-                self.show(epoch, step)
-            self.shown = time.perf_counter()
+                self.line(self.status()[: shutil.get_terminal_size().columns - 1])
 
     def read(self):
         """Fetches the pending values. Raises Refusal where one is not finite, before any checkpoint takes it."""
@@ -303,15 +353,14 @@ class Progress:
         epoch, step = self.at
         for at, row in enumerate(rows, step + 2 - len(rows)):
             if not all(map(math.isfinite, row)):
-                kept = "the last good checkpoint is kept" if self.run.saved() else "nothing was saved yet"
-                raise Refusal(f"the loss is not finite at step {at} of epoch {epoch + 1}: lower --lr ({kept} in "
-                              f"{self.run.folder})")
+                kept = f"the last good checkpoint is kept in {self.run.folder}" if self.run.saved() else \
+                    "nothing was saved yet"
+                raise Refusal(f"the loss is not finite at step {at} of epoch {epoch + 1}: lower --lr ({kept})")
             self.sums = [s + v for s, v in zip(self.sums, row)]
         self.pending, self.last = [], rows[-1]
         now = time.perf_counter()
-        self.seconds += now - self.since
-        self.rate = self.done * self.images / self.steps / max(now - self.since, 1e-9)
-        self.since, self.done = now, 0
+        self.seconds += now - self.read_at
+        self.read_at = now
 
     def text(self, values):
         words = [f"{label} {value:.3f}{f' ({note})' if note else ''}"
@@ -320,24 +369,39 @@ class Progress:
             words.append("COLLAPSED: all images have one feature")
         return "  ".join(words)
 
-    def show(self, epoch, step):
-        left = (self.epochs - epoch - (step + 1) / self.steps) * self.images / max(self.rate, 1e-9)
-        line = (f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.steps}  {self.text(self.last)}  "
-                f"{self.rate:,.0f} images/s  {clock(left)} left")
-        self.line("\r" + line[: shutil.get_terminal_size().columns - 1] + "\033[K")
+    def status(self):
+        """Where training is, the last step's values, the speed so far and the time that is left at this speed."""
+        epoch, step = self.at
+        return (f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.steps}  {self.text(self.last)}  "
+                f"{self.images / self.steps / self.step_seconds():,.0f} images/s  {clock(self.left())} left")
+
+    def step_seconds(self):
+        """The mean of the steps that are read but the first, which also compiles and allocates."""
+        return (self.read_at - self.first_at) / self.done if self.done else self.first_seconds
+
+    def left(self):
+        """Seconds to the end of training."""
+        epoch, step = self.at
+        return ((self.epochs - epoch) * self.steps - step - 1) * self.step_seconds()
+
+    def warn_if_long(self):
+        """Tells who trains at the defaults of a real data set without a GPU that there is --small."""
+        if self.left() > LONG and not self.run.settings["small"] and self.run.settings["dataset"] != "shapes":
+            self.line(f"At this speed the run takes {self.left() / 3600:,.0f} hours; with --small (smaller images, "
+                      f"networks and batches, fewer epochs) it takes about one, for 50,000 images on two CPU cores.",
+                      end="\n")
 
     def line(self, text, end=""):
         if self.run.rank == 0:
-            print(text, end=end, flush=True)
+            print(("\r\033[K" if sys.stdout.isatty() else "") + text, end=end, flush=True)
 
     def end_epoch(self, epoch, **more):
         """Prints the epoch's means and logs them."""
         means = [s / self.steps for s in self.sums]
         speed = self.images / max(self.seconds, 1e-9)
-        clear = "\r\033[K" if sys.stdout.isatty() else ""
         left = (self.epochs - epoch - 1) * self.seconds
-        self.line(f"{clear}epoch {epoch + 1}/{self.epochs}  {self.text(means)}  {speed:,.0f} images/s  "
-                  f"{clock(left)} left", end="\n")
+        self.line(f"epoch {epoch + 1}/{self.epochs}  {self.text(means)}  {speed:,.0f} images/s  {clock(left)} left",
+                  end="\n")
         self.run.log(epoch=epoch + 1, **dict(zip(self.metrics, means)), **more, seconds=round(self.seconds, 3))
         self.sums, self.seconds = [0.0] * len(self.metrics), 0.0
 

@@ -166,6 +166,62 @@ def test_one_forward_gives_what_the_parts_give():
     assert model(x1, x2, False, True)[0] is None
 
 
+def gradients(model, outputs, alpha=1.0, beta=1.0, tau=0.2):
+    log_p, z1, z2, _ = outputs
+    loss = (-alpha * log_p.mean() if alpha else 0) + (beta * gcrl.nt_xent(z1, z2, tau) if beta else 0)
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("alpha, beta", [(1, 1), (1, 0), (0, 1)])
+@pytest.mark.parametrize("amp", [False, True])
+def test_micro_batches_change_neither_loss_nor_gradients(alpha, beta, amp):
+    """Bit for bit where one holds all images; to the rounding of other sums where they are parts, even uneven ones."""
+    torch.manual_seed(0)
+    model = GCRL(5, 6, width=16, encoder_layers=2, decoder_layers=1, heads=2)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    x1, x2 = torch.randint(0, 5, (2, 7, 6, 6))
+
+    def at(micro_batch):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            outputs = model(x1, x2 if beta else None, alpha > 0, beta > 0, micro_batch)
+        return gradients(model, outputs, alpha, beta)
+    loss, whole = at(None)
+    assert at(7)[0] == loss and torch.equal(at(7)[1], whole)
+    for micro_batch in (1, 3, 4):
+        loss_in_parts, parts = at(micro_batch)
+        assert loss_in_parts == pytest.approx(loss, rel=1e-2 if amp else 1e-5)
+        assert (parts - whole).norm() <= (0.1 if amp else 1e-4) * whole.norm()
+
+
+def test_memory_is_that_of_one_micro_batch():
+    """What the forward pass keeps for the backward pass, in bytes: of parts next to nothing, and the backward pass has
+    the activations of one part at a time."""
+    model, x = GCRL(5, 8, width=16, encoder_layers=1, decoder_layers=1, heads=2), torch.randint(0, 5, (16, 8, 8))
+
+    def kept(micro_batch):
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: sizes.setdefault(t.untyped_storage().data_ptr(), (t, t.untyped_storage().nbytes()))[0],
+                lambda t: t):
+            model(x, x, True, True, micro_batch)
+        return sum(size for _, size in sizes.values())
+    assert kept(2) < kept(None) / 50
+
+    alive, most, computed = 0, 0, model.outputs
+
+    def outputs(*args):
+        nonlocal alive, most
+        if torch._C._current_graph_task_id() != -1:                           # again, within the backward pass
+            alive, most = alive + 1, max(most, len(args[0]))
+        return computed(*args)
+    model.outputs = outputs
+    gradients(model, model(x, x, True, True, 2))
+    assert alive == 8 and most == 2
+
+
 def test_an_untrained_model_is_near_uniform():
     torch.manual_seed(0)
     model, tokens = GCRL(32, 8, width=16, encoder_layers=1, decoder_layers=1, heads=2), torch.randint(0, 32, (8, 8, 8))

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +24,15 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
-def new_run(out="run"):
-    return Run("simclr", {"resume": None, "out": out, "dataset": "shapes", "seed": 0}, CPU)
+def a_run(out="run", method="simclr", seed=0, rank=0):
+    return Run(method, {"resume": None, "out": out, "dataset": "shapes", "seed": seed}, CPU, rank)
+
+
+def new_run(*args, **kwargs):
+    """A run whose folder is made, as it is when training begins."""
+    run = a_run(*args, **kwargs)
+    run.make_folder()
+    return run
 
 
 # ---- files
@@ -54,7 +62,7 @@ def test_write_is_all_or_nothing(here, monkeypatch):
 
 def test_other_processes_write_nothing(here):
     """Only the first process of several makes and fills the folder."""
-    run = Run("simclr", {"resume": None, "out": "run", "dataset": "shapes", "seed": 0}, CPU, rank=1)
+    run = new_run(rank=1)
     run.save(1, 0)
     run.log(epoch=1)
     assert not list(here.iterdir())
@@ -63,9 +71,9 @@ def test_other_processes_write_nothing(here):
 def test_next_free_folder(here):
     """Without --out each run takes the next free folder."""
     for name in ("simclr-shapes-0", "simclr-shapes-0-2", "simclr-shapes-0-3"):
-        run = Run("simclr", {"resume": None, "out": None, "dataset": "shapes", "seed": 0}, CPU)
+        run = new_run(None)
         assert run.folder == Path("runs", name) and (run.folder / "args.json").exists()
-    other = Run("gcrl", {"resume": None, "out": None, "dataset": "shapes", "seed": 7}, CPU)
+    other = new_run(None, "gcrl", 7)
     assert other.folder == Path("runs/gcrl-shapes-7")
 
 
@@ -85,6 +93,32 @@ def test_out_is_taken(either, here, tiny, finished):
     assert (here / "mine" / "thesis.tex").read_text() == (here / "file").read_text() == "precious"
     (here / "empty").mkdir()
     assert new_run("empty").folder == Path("empty")
+
+
+def test_nothing_is_made_before_training(script, here, tiny, monkeypatch):
+    """Ctrl-C while data, palette, model or a memory bank are made, or in the first step, leaves no folder behind."""
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    more = {"cmc": ("--dictionary", "memory-bank")}.get(script.__name__, ())
+    names = ["load", "cosine", {"gcrl": "fit_palette", "cmc": "begin"}.get(script.__name__, "Progress")]
+    for name in names:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(script, name, interrupted)
+            script.main(tiny(script, *more))
+        assert not list(here.iterdir()) or not list((here / "runs").iterdir())
+
+
+def test_what_is_saved_stays(here):
+    """Of a run that fails after its first checkpoint the folder stays, and so does one that was resumed."""
+    with pytest.raises(ZeroDivisionError), (run := a_run()):
+        run.save(1, 0)
+        1 / 0
+    assert {p.name for p in Path("run").iterdir()} == {"args.json", "checkpoint.pt"}
+    Path("run/checkpoint.pt").unlink()
+    with pytest.raises(ZeroDivisionError), Run("simclr", {"resume": "run"}, CPU):
+        1 / 0
+    assert Path("run/args.json").exists()
 
 
 # ---- resuming what cannot be resumed
@@ -216,7 +250,7 @@ def test_second_signal(here, number):
     caught = []
     try:
         signal.signal(number, lambda *_: caught.append(1))
-        with (run := new_run()):
+        with (run := a_run()):
             assert not run.stop_requested()
             os.kill(os.getpid(), number)
             assert run.stop_requested() and not caught
@@ -228,7 +262,7 @@ def test_second_signal(here, number):
 
 def test_handlers_are_put_back(here):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(KeyError), new_run():
+    with pytest.raises(KeyError), a_run():
         raise KeyError
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -238,8 +272,52 @@ def test_handlers_are_put_back(here):
 
 def progress():
     logged = []
-    run = SimpleNamespace(rank=0, folder="run", saved=lambda: True, log=lambda **entry: logged.append(entry))
+    run = SimpleNamespace(rank=0, folder="run", saved=lambda: True, log=lambda **entry: logged.append(entry),
+                          since=time.perf_counter(), device=CPU,
+                          settings={"small": False, "dataset": "cifar10", "compile": False})
     return Progress(run, 3, 4, 10, {"loss": ("loss", "chance 1.0"), "spread": ("spread", "")}), logged
+
+
+def ticking(monkeypatch, first, seconds, steps, settings=None, **kwargs):
+    """The lines of `steps` steps of so many seconds by the clock, the first of `first` seconds: [(second, line)]."""
+    clock, lines, show = [0.0], [], progress()[0]
+    show.steps, show.images, show.run.since = 10**6, 10**7, 0.0
+    show.run.settings.update(settings or {})
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(show, "line", lambda text, end="": lines.append((clock[0], text)))
+    for step in range(steps):
+        clock[0] += seconds if step else first
+        show.update(0, step, [torch.tensor(1.0), torch.tensor(0.5)])
+    return lines
+
+
+def test_lines_come_after_ten_seconds_and_then_each_minute(monkeypatch):
+    """Also where nobody rewrites a line, as in a log file, with the speed and the time of the steps but the first."""
+    lines = ticking(monkeypatch, 3, 0.25, 1000, {"small": True})
+    assert [round(second) for second, _ in lines] == [10, 70, 131, 191, 251]
+    assert "epoch 1/3  step 30/1000000  loss 1.000 (chance 1.0)" in lines[0][1]
+    assert all("  40 images/s  " in line for _, line in lines)
+    assert lines[0][1].endswith(f"{(3 * 10**6 - 30) * 0.25 // 3600:.0f}:19:52 left")
+
+
+def test_a_long_first_step_is_said_at_once(monkeypatch):
+    (second, line), *_ = ticking(monkeypatch, 100, 100, 1, {"small": True})
+    assert second == 100 and "step 1/1000000" in line and "  0 images/s" in line
+
+
+@pytest.mark.parametrize("seconds, settings, told", [
+    (0.25, {}, True), (0.001, {}, False), (0.25, {"small": True}, False), (0.25, {"dataset": "shapes"}, False)])
+def test_who_would_wait_for_hours_is_told_of_small(monkeypatch, seconds, settings, told):
+    """Once, after the first line, with the hours, where a run at the defaults takes more than three."""
+    lines = [line for _, line in ticking(monkeypatch, 1, seconds, 20000, settings)]
+    assert [i for i, line in enumerate(lines) if "--small" in line] == ([1] if told else [])
+    assert not told or "takes 208 hours" in lines[1]
+
+
+def test_a_first_step_that_compiles_alarms_nobody(monkeypatch):
+    """Its time is not a step's: the first line comes ten seconds after it."""
+    lines = ticking(monkeypatch, 300, 0.001, 20000, {"compile": True})
+    assert [round(second) for second, _ in lines] == [310]
 
 
 def test_means(capsys):
@@ -267,9 +345,8 @@ def test_collapse_is_said(capsys):
 def test_not_finite_names_the_step(bad, value):
     """However many steps were pending, the first bad one is named; state_dict refuses too."""
     show, _ = progress()
-    show.shown = math.inf                                                     # reads at the epoch's end alone
     with pytest.raises(Refusal, match=f"step {bad + 1} of epoch 2"):
-        for step in range(4):
+        for step in range(4):                                                 # read after the first and the last step
             show.update(1, step, [torch.tensor(value if step >= bad else 0.0), torch.tensor(0.5)])
     with pytest.raises(Refusal):
         show.state_dict()
@@ -335,6 +412,34 @@ def test_program_hides_no_bug():
     with pytest.raises(OSError):
         cli.program(lambda: (_ for _ in ()).throw(OSError("not the system's")).__next__())
     cli.program(lambda: None)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory")])
+def test_too_little_memory_is_one_sentence(error, monkeypatch, capsys):
+    def main():
+        raise error
+
+    monkeypatch.setattr(cli, "limit_memory", lambda: 3e9)
+    with pytest.raises(SystemExit):
+        cli.program(main, memory="--micro-batch")
+    assert "more memory than the 3.0 GB that were free: lower --micro-batch" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists() or torch.cuda.is_available(), reason="needs Linux without CUDA")
+def test_memory_that_is_not_there_is_refused_before_it_is_used():
+    """An allocation of more than is free, which the system grants as long as it is not used, fails in a sentence."""
+    code = ("import torch; from common import cli; free = cli.limit_memory(); "
+            "cli.program(lambda: print(torch.empty(int(SHARE * free), dtype=torch.uint8).shape))")
+    fits, refused = (subprocess.run([sys.executable, "-c", code.replace("SHARE", share)], cwd=ROOT, text=True,
+                                    capture_output=True) for share in ("0.5", "1.02"))
+    assert fits.returncode == 0 and refused.returncode == 2
+    assert "more memory than the" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("has, dtype", [("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx2", None)])
+def test_auto_takes_bf16_where_the_processor_multiplies_it(has, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, has: True})
+    assert cli.pick_amp("auto", CPU) == dtype
 
 
 def test_device_and_precision():
