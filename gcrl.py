@@ -77,6 +77,18 @@ class GCRL(nn.Module):
         self.register_buffer("first_pixel", torch.ones(num_colours))          # weights of x_1, which L_g leaves out
         init_weights(self, depth=2 * encoder_layers + decoder_layers)
 
+    @torch.no_grad()
+    def set_palette(self, palette, first_pixel):
+        """What the tokens stand for: palette (V, 3), first_pixel (V,), how often each colour is an image's first.
+
+        To the embeddings' random start it adds a random linear map of the colours, so that near colours begin with near
+        embeddings: which tokens are alike need not be learnt.
+        """
+        self.palette.copy_(palette)
+        self.first_pixel.copy_(first_pixel)
+        colour = (palette - palette.mean(dim=0)) / palette.std(dim=0, correction=0).clamp(min=1e-6)
+        self.embedding.weight += 0.1 * colour @ torch.randn(3, self.embedding.embedding_dim)
+
     def encode_grid(self, tokens):
         x = self.embedding(tokens) + self.row_position + self.column_position                # (N, H, W, C)
         for block in self.encoder:
@@ -212,8 +224,8 @@ def nt_xent(z1, z2, tau):
 # ---- arguments
 
 DEFAULTS = {  # of a data set, where they differ from those below
-    "shapes": dict(image_size=12, colours=2, width=64, encoder_layers=1, decoder_layers=1, heads=4, crop_min=0.4,
-                   jitter=0.3, epochs=9, batch_size=32, micro_batch=32, lr=2.5e-3),
+    "shapes": dict(image_size=12, colours=8, width=64, encoder_layers=1, decoder_layers=1, heads=4, crop_min=0.6,
+                   jitter=0.3, epochs=16, batch_size=32, micro_batch=32, lr=2.5e-3),
     "small": dict(image_size=16, colours=64, width=96, encoder_layers=2, decoder_layers=2, heads=6, crop_min=0.3,
                   epochs=5, batch_size=128, micro_batch=128, lr=2e-3),
 }
@@ -284,8 +296,7 @@ def main(argv=None):
     def new_model():
         torch.manual_seed(args.seed)
         model = GCRL(len(palette), args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
-        model.palette.copy_(palette)
-        model.first_pixel.copy_(torch.bincount(first_pixels, minlength=len(palette)))
+        model.set_palette(palette, torch.bincount(first_pixels, minlength=len(palette)))
         return model.to(device)
 
     model = new_model()

@@ -66,6 +66,6 @@ def load(folder, device, trained=True):
         raise Refusal(f"{folder} is a run of {method}.py, which has to lie beside common/ to read it") from None
     fill(module if trained else copy.deepcopy(module), state, f"{folder}/encoder.pt")         # checked either way
     if not trained:
-        data = {name: state[name] for name in ("palette", "first_pixel") if name in state}
-        module.load_state_dict(data, strict=False)
+        if "palette" in state:
+            module.set_palette(state["palette"], state["first_pixel"])
     return args, module.to(device, memory_format=torch.channels_last).eval()

@@ -64,6 +64,7 @@ def draw(n, image_size, seed, classes=CLASSES):
     rng = np.random.Generator(np.random.PCG64(seed))
     labels = np.arange(n)[np.argsort(rng.random(n), kind="stable")] % len(classes)
     images = np.empty((n, 3, image_size, image_size), np.uint8)
+    noise = 0.3 * min(1, image_size / 32)                                     # a 32 x 32 image's when shrunk to this size
     pixel = (np.arange(image_size) + 0.5) / image_size * 2 - 1                # centres, in [-1, 1]
     for i, label in enumerate(labels):
         ground = 0.1 + 0.25 * rng.random() + 0.2 * (rng.random(3) - 0.5)      # a dark colour
@@ -79,6 +80,6 @@ def draw(n, image_size, seed, classes=CLASSES):
         image = ground[:, None, None] + cover * (figure - ground)[:, None, None]              # (3, H, W)
         slope = 0.3 * (rng.random(2) - 0.5)
         image += slope[0] * pixel[None, :] + slope[1] * pixel[:, None]        # lit from one side
-        image += 0.3 * (rng.random((3, image_size, image_size)) - 0.5)        # noise
+        image += noise * (rng.random((3, image_size, image_size)) - 0.5)
         images[i] = np.clip(np.rint(image * 255), 0, 255)
     return images, labels.astype(np.int64)

@@ -1,8 +1,10 @@
 """Speed of the scripts on this machine:   python tests/bench.py [--device cuda] [--batch-size 128] [--repeats 5]
 
-Medians; alternatives are timed in turn, so that a noisy machine disturbs both.
+Medians; alternatives are timed in turn, so that a noisy machine disturbs both. --only gcrl --beside DIR also times the
+gcrl.py of another checkout, in DIR, in turn with this one.
 """
 import argparse
+import importlib
 import statistics
 import sys
 import time
@@ -273,6 +275,94 @@ def bench_gcrl(device, autocast, n, repeats, width, layers):
     show("  peak memory, GB", f"{peak_memory(device) / 1e9:.2f}")
 
 
+def saved_bytes(forward):
+    """Bytes that forward() keeps for the backward pass, weights aside: its activations."""
+    storages = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor            # kept alive: no address comes twice
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+def bench_gcrl_memory(device, amp):
+    """The need of `python gcrl.py --dataset cifar10`, by arithmetic: activations grow with the images that go through
+    the network at once, and each weight has a gradient and two means of Adam's."""
+    args, n = gcrl.arguments(["--dataset", "cifar10"]), 2
+    model = gcrl.GCRL(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
+    model, tokens = model.to(device), torch.randint(0, args.colours, (n, args.image_size, args.image_size), device=device)
+    weights = 4 * 4 * sum(p.numel() for p in model.parameters())
+    show("gcrl at the defaults of cifar10: weights, gradients and Adam's means, GB", f"{weights / 1e9:.2f}")
+    for dtype in dict.fromkeys((amp, torch.bfloat16, None)):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            image = saved_bytes(lambda: model(tokens, tokens, True, True)) / n
+        name = str(dtype or torch.float32).removeprefix("torch.")
+        show(f"  activations of one image, {name}, GB", f"{image / 1e9:.3f}")
+        for micro_batch in (8, 16, args.batch_size):
+            show(f"    {micro_batch} at once, with the weights, GB", f"{(micro_batch * image + weights) / 1e9:.1f}",
+                 "goal 8" if micro_batch < args.batch_size else "")
+
+
+def of_checkout(folder):
+    """The gcrl module of another checkout, with its own common/."""
+    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in ("gcrl", "common")}
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module("gcrl")
+    finally:
+        sys.path.remove(str(folder))
+        for name in [name for name in sys.modules if name.split(".")[0] in ("gcrl", "common")]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+
+
+def matrix_products(model, tokens, dtype):
+    """A function that takes the matrix products of a likelihood step, forward and backward, and nothing else."""
+    n, height, width = tokens.shape
+    layers = [(m.in_features, m.out_features) for name, m in model.named_modules()
+              if isinstance(m, nn.Linear) and not name.startswith("head")]
+    make = lambda *shape: torch.randn(shape, dtype=dtype, device=tokens.device)
+    linear = {(i, o): (make(n * height * width, i), make(o, i), make(n * height * width, o)) for i, o in layers}
+    blocks, heads = [*model.encoder, *model.decoder], model.decoder[0].attention.heads
+    q = make(n * height * heads, width, model.embedding.embedding_dim // heads)
+    scores = make(n * height * heads, width, width)
+
+    def products():
+        for layer in layers:
+            x, weight, gradient = linear[layer]
+            x @ weight.T, gradient @ weight, gradient.T @ x
+        for _ in blocks:
+            q @ q.transpose(1, 2), scores @ q, scores.transpose(1, 2) @ q                     # scores, values, d values
+            q @ q.transpose(1, 2), scores @ q, scores.transpose(1, 2) @ q                     # d scores, d q, d k
+    return products
+
+
+def bench_gcrl_likelihood(device, autocast, dtype, repeats, beside):
+    for sizes, n in (((512, 32, 256, 4, 4, 8), 8), ((64, 16, 64, 1, 1, 4), 128)):
+        tokens = torch.randint(0, sizes[0], (n, sizes[1], sizes[1]), device=device)
+
+        def likelihood_step(module):
+            torch.manual_seed(0)
+            model = module.GCRL(*sizes).to(device)
+
+            def step():
+                with autocast:
+                    log_p = model.log_prob(tokens)
+                (-log_p.mean() / tokens[0].numel()).backward()
+                model.zero_grad()
+            return step, model
+        step, model = likelihood_step(gcrl)
+        others = [likelihood_step(of_checkout(beside))[0]] if beside else []
+        ours, products, *theirs = medians(device, repeats, step, matrix_products(model, tokens, dtype), *others)
+        show(f"gcrl, {sizes[1]} x {sizes[1]}, width {sizes[2]}: likelihood step, images/s", f"{n / ours:.1f}")
+        show("  its bare matrix products / step, share of the time", f"{products / ours:.2f}")
+        for other in theirs:
+            show(f"  {beside} / this checkout, time", f"{other / ours:.2f}", "goal 1.5")
+
+
 def bench_attention(device, repeats):
     """Why attention on the CPU is written out."""
     q, k, v = (torch.randn(1024, 4, 32, 32, dtype=torch.bfloat16, device=device, requires_grad=True) for _ in range(3))
@@ -293,21 +383,33 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--width", type=int, default=64, help="of ResNet-18")
+    parser.add_argument("--only", nargs="+", default=None, help="of simclr, moco, cmc, cpc, dim, augmentation, gcrl, "
+                        "attention")
+    parser.add_argument("--beside", default=None, metavar="DIR", help="another checkout, whose gcrl.py is timed in turn")
     args = parser.parse_args()
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     print(f"{device}, {amp or torch.float32}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"batch {args.batch_size}")
-    bench_simclr(device, autocast, args.batch_size, args.repeats, args.width)
-    bench_moco(device, autocast, args.batch_size, args.repeats, args.width)
-    bench_cmc(device, autocast, args.batch_size, args.repeats, args.width // 2)
-    bench_cpc(device, autocast, args.batch_size // 2, args.repeats, args.width // 4)
-    bench_dim(device, autocast, args.batch_size, args.repeats, args.width)
-    bench_augmentation(device, 512, args.repeats)
     width, layers = (256, 4) if device.type == "cuda" else (128, 2)
-    bench_gcrl(device, autocast, max(16, args.batch_size // 4), args.repeats, width, layers)
-    bench_attention(device, args.repeats)
+    benches = {
+        "simclr": lambda: bench_simclr(device, autocast, args.batch_size, args.repeats, args.width),
+        "moco": lambda: bench_moco(device, autocast, args.batch_size, args.repeats, args.width),
+        "cmc": lambda: bench_cmc(device, autocast, args.batch_size, args.repeats, args.width // 2),
+        "cpc": lambda: bench_cpc(device, autocast, args.batch_size // 2, args.repeats, args.width // 4),
+        "dim": lambda: bench_dim(device, autocast, args.batch_size, args.repeats, args.width),
+        "augmentation": lambda: bench_augmentation(device, 512, args.repeats),
+        "gcrl": lambda: (
+            bench_gcrl_memory(device, amp),
+            bench_gcrl_likelihood(device, autocast, amp or torch.float32, args.repeats, args.beside),
+            bench_gcrl(device, autocast, max(16, args.batch_size // 4), args.repeats, width, layers)),
+        "attention": lambda: bench_attention(device, args.repeats)}
+    unknown = set(args.only or ()) - benches.keys()
+    if unknown:
+        parser.error(f"--only {min(unknown)} is not one of {', '.join(benches)}")
+    for name in args.only or benches:
+        benches[name]()
 
 
 if __name__ == "__main__":

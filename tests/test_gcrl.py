@@ -166,6 +166,37 @@ def test_one_forward_gives_what_the_parts_give():
     assert model(x1, x2, False, True)[0] is None
 
 
+def test_near_colours_begin_with_near_embeddings():
+    """set_palette adds a linear map of the colours, which a model of one seed repeats; one colour alone is no harm."""
+    palette = torch.tensor([[0.1, 0.1, 0.1], [0.12, 0.1, 0.1], [0.9, 0.2, 0.8], [0.2, 0.9, 0.3]])
+
+    def embeddings(palette):
+        torch.manual_seed(0)
+        model = GCRL(len(palette), 4, width=64, encoder_layers=1, decoder_layers=1, heads=2)
+        before = model.embedding.weight.detach().clone()
+        model.set_palette(palette, torch.ones(len(palette)))
+        assert torch.equal(model.palette, palette)
+        return model.embedding.weight.detach(), before
+    weight, before = embeddings(palette)
+    added, colour = weight - before, palette - palette.mean(dim=0)
+    fitted = colour @ torch.linalg.lstsq(colour, added).solution
+    assert torch.allclose(fitted, added, atol=1e-5) and (weight[0] - weight[1]).norm() < (weight[0] - weight[2]).norm() / 3
+    assert torch.equal(weight, embeddings(palette)[0])
+    assert torch.isfinite(embeddings(palette[:1])[0]).all()
+
+
+def test_palette_is_as_good_as_more_iterations_make_it():
+    """The root mean square error of 64 colours on smooth images, beside five times the iterations and other draws."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.interpolate(torch.rand(50, 3, 4, 4, generator=generator), size=32, mode="bilinear")
+
+    def error(**kwargs):
+        palette = gcrl.fit_palette(x, 64, **kwargs)
+        return (gcrl.dequantise(gcrl.quantise(x, palette), palette) - x).square().mean().sqrt().item()
+    best = min(error(seed=seed, iterations=200) for seed in range(3))
+    assert error() < 1.02 * best < 1.02 * error(iterations=1)
+
+
 def gradients(model, outputs, alpha=1.0, beta=1.0, tau=0.2):
     log_p, z1, z2, _ = outputs
     loss = (-alpha * log_p.mean() if alpha else 0) + (beta * gcrl.nt_xent(z1, z2, tau) if beta else 0)

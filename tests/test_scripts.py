@@ -263,6 +263,23 @@ def test_bad_value(script, flags, tiny, here, monkeypatch, capsys):
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize("dataset", ["cifar10", "folder", "stl10"])
+def test_small(script, dataset):
+    """--small makes whatever costs time smaller, alike for every real data set, and a flag goes before it."""
+    usual, small, mixed = (vars(script.arguments(["--dataset", dataset, *flags])) for flags in (
+        [], ["--small"], ["--small", "--epochs", "3"]))
+    costs = ["image_size", "width", "epochs", "batch_size"]
+    assert all(small[name] <= usual[name] for name in costs) and small["width"] < usual["width"]
+    assert small["small"] and not usual["small"] and small["epochs"] < usual["epochs"]
+    assert mixed == {**small, "epochs": 3}
+    assert {**small, "dataset": ""} == {**vars(script.arguments(["--small", "--dataset", "cifar10"])), "dataset": ""}
+
+
+def test_small_is_for_real_images(script):
+    with pytest.raises(Refusal, match="--small is for real images"):
+        script.arguments(["--small"])
+
+
 def test_program_refuses(here, tiny):
     """As a program: exit status 2, one line on stderr, no traceback, nothing on stdout, nothing written."""
     done = command(ROOT / "gcrl.py", tiny(gcrl, "--tau", "0"), here)
