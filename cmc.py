@@ -206,18 +206,15 @@ def arguments(argv):
     argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
     if "--views-dir" in argv:
         argv = ["--dataset", "folder", *argv]
-    parser = cli.Parser(prog="cmc.py", description="CMC. Defaults are those of --dataset shapes; with another "
-                        "--dataset beside --help, that one's.")
+    parser = cli.Parser(prog="cmc.py", description="CMC. Defaults are those of the --dataset beside --help, or shapes.")
     add = parser.add_argument
-    add("--dataset", choices=[name for name in NAMES if name != "fashionmnist"], default="shapes",
-        help="what to train on, in colour; shapes and folder need no download")
+    names = [name for name in NAMES if name != "fashionmnist"]                # it has no colours
+    add("--dataset", choices=names, default="shapes", help="what to train on; shapes and folder need no download")
     add("--image-size", type=cli.number(int, 8, True), default=32, help="side of the images, pixels")
     add("--views", choices=CHANNELS, default="lab", help="channels that are views: L and ab, Y and CbCr, or R, G and B")
-    add("--views-dir", nargs="+", default=None, metavar="DIR",
-        help="views of your own: folders as in --data-dir, with images of the same names")
+    add("--views-dir", nargs="+", metavar="DIR", help="views of your own: folders with images of the same names")
     add("--graph", choices=("full", "core"), default="full", help="pairs of views: all, or those with the first")
-    add("--contrast", choices=("nce", "softmax"), default="softmax",
-        help="loss; nce is the paper's, softmax what its authors found better later")
+    add("--contrast", choices=("nce", "softmax"), default="softmax", help="loss: the paper's, or a later one")
     add("--dictionary", choices=("memory-bank", "end-to-end"), default="memory-bank",
         help="where keys and negatives come from: a memory bank (paper), or the batch, with gradient")
     add("--negatives", type=cli.count_or_zero, default=4096, help="m: drawn from the memory bank (0: all of it)")
@@ -240,7 +237,7 @@ def arguments(argv):
     if args.views_dir:
         if args.dataset != "folder":
             raise cli.Refusal(f"--views-dir is a data set of its own: leave --dataset {args.dataset} out")
-        if len(args.views_dir) < 2:
+        if len(args.views_dir) == 1:
             raise cli.Refusal("--views-dir needs at least two folders")
         if args.jitter:
             raise cli.Refusal("--jitter is for colours, which --views-dir may not have: leave one of them out")
@@ -308,8 +305,7 @@ def main(argv=None):
     net.train()
     if epoch == step == 0:
         begin(model, data.train, args.batch_size, augment.Random(args.seed), recipe, autocast, args.tau)
-        if banked:
-            run.ready("memory bank", f"the untrained encoders' vectors of {images:,} images")
+        run.ready("Z and memory bank" if banked else "Z", "by the untrained encoders")
     with run:
         while epoch < args.epochs:
             order = epoch_order(images, args.batch_size, args.seed, epoch, rank, world)[step:]

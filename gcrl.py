@@ -249,9 +249,9 @@ def arguments(argv):
     add("--epochs", type=cli.count, default=100, help="passes over the training images")
     add("--warmup", type=cli.number(float, 0, True, 1), default=0.05, help="share of the epochs with a rising rate")
     add("--batch-size", type=cli.number(int, 2, True), default=256, help="images a step, over all processes")
-    add("--micro-batch", type=cli.count, default=None, help="images that go through the network at once (default: 16 on "
-        "a GPU, else 8): loss and gradients stay those of the whole batch; more of them need more memory and, where all "
-        "fit at once, a quarter less time")
+    add("--micro-batch", type=cli.count, default=None, help="images that go through the network at once (default: 16 "
+        "on a GPU, else 8); loss and gradients stay those of the batch, memory grows with it, time falls by a quarter "
+        "where it is the whole batch")
     add("--lr", type=cli.positive, default=1e-3, help="peak learning rate of AdamW")
     add("--weight-decay", type=cli.nonnegative, default=0.01, help="AdamW's decay of all weights but biases and norms")
     add("--tau", type=cli.positive, default=0.2, help="temperature of the contrastive loss")

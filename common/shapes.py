@@ -64,7 +64,7 @@ def draw(n, image_size, seed, classes=CLASSES):
     rng = np.random.Generator(np.random.PCG64(seed))
     labels = np.arange(n)[np.argsort(rng.random(n), kind="stable")] % len(classes)
     images = np.empty((n, 3, image_size, image_size), np.uint8)
-    noise = 0.3 * min(1, image_size / 32)                                     # a 32 x 32 image's when shrunk to this size
+    noise = 0.3 * min(1, image_size / 32)                                     # of a 32 x 32 image shrunk to this size
     pixel = (np.arange(image_size) + 0.5) / image_size * 2 - 1                # centres, in [-1, 1]
     for i, label in enumerate(labels):
         ground = 0.1 + 0.25 * rng.random() + 0.2 * (rng.random(3) - 0.5)      # a dark colour

@@ -292,8 +292,9 @@ def bench_gcrl_memory(device, amp):
     """The need of `python gcrl.py --dataset cifar10`, by arithmetic: activations grow with the images that go through
     the network at once, and each weight has a gradient and two means of Adam's."""
     args, n = gcrl.arguments(["--dataset", "cifar10"]), 2
-    model = gcrl.GCRL(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
-    model, tokens = model.to(device), torch.randint(0, args.colours, (n, args.image_size, args.image_size), device=device)
+    size = args.image_size
+    model = gcrl.GCRL(args.colours, size, args.width, args.encoder_layers, args.decoder_layers, args.heads).to(device)
+    tokens = torch.randint(0, args.colours, (n, size, size), device=device)
     weights = 4 * 4 * sum(p.numel() for p in model.parameters())
     show("gcrl at the defaults of cifar10: weights, gradients and Adam's means, GB", f"{weights / 1e9:.2f}")
     for dtype in dict.fromkeys((amp, torch.bfloat16, None)):
@@ -385,7 +386,7 @@ def main():
     parser.add_argument("--width", type=int, default=64, help="of ResNet-18")
     parser.add_argument("--only", nargs="+", default=None, help="of simclr, moco, cmc, cpc, dim, augmentation, gcrl, "
                         "attention")
-    parser.add_argument("--beside", default=None, metavar="DIR", help="another checkout, whose gcrl.py is timed in turn")
+    parser.add_argument("--beside", default=None, metavar="DIR", help="another checkout: its gcrl.py is timed in turn")
     args = parser.parse_args()
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)

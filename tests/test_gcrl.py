@@ -180,7 +180,8 @@ def test_near_colours_begin_with_near_embeddings():
     weight, before = embeddings(palette)
     added, colour = weight - before, palette - palette.mean(dim=0)
     fitted = colour @ torch.linalg.lstsq(colour, added).solution
-    assert torch.allclose(fitted, added, atol=1e-5) and (weight[0] - weight[1]).norm() < (weight[0] - weight[2]).norm() / 3
+    assert torch.allclose(fitted, added, atol=1e-5)
+    assert (weight[0] - weight[1]).norm() < (weight[0] - weight[2]).norm() / 3
     assert torch.equal(weight, embeddings(palette)[0])
     assert torch.isfinite(embeddings(palette[:1])[0]).all()
 

@@ -414,7 +414,7 @@ def test_program_hides_no_bug():
     cli.program(lambda: None)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory")])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")])
 def test_too_little_memory_is_one_sentence(error, monkeypatch, capsys):
     def main():
         raise error
