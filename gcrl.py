@@ -225,9 +225,9 @@ def nt_xent(z1, z2, tau):
 
 DEFAULTS = {  # of a data set, where they differ from those below
     "shapes": dict(image_size=12, colours=8, width=64, encoder_layers=1, decoder_layers=1, heads=4, crop_min=0.6,
-                   jitter=0.3, epochs=16, batch_size=32, micro_batch=32, lr=2.5e-3),
+                   jitter=0.3, epochs=16, batch_size=32, lr=2.5e-3),
     "small": dict(image_size=16, colours=64, width=96, encoder_layers=2, decoder_layers=2, heads=6, crop_min=0.3,
-                  epochs=5, batch_size=128, micro_batch=128, lr=2e-3),
+                  epochs=5, batch_size=128, lr=2e-3),
 }
 
 
@@ -249,9 +249,9 @@ def arguments(argv):
     add("--epochs", type=cli.count, default=100, help="passes over the training images")
     add("--warmup", type=cli.number(float, 0, True, 1), default=0.05, help="share of the epochs with a rising rate")
     add("--batch-size", type=cli.number(int, 2, True), default=256, help="images a step, over all processes")
-    add("--micro-batch", type=cli.count, default=None, help="images that go through the network at once (default: 16 "
-        "on a GPU, else 8); loss and gradients stay those of the batch, memory grows with it, time falls by a quarter "
-        "where it is the whole batch")
+    add("--micro-batch", type=cli.count, default=None, help="images that go through the network at once (default: what "
+        "takes about 2 GB, on a GPU 4 GB); loss and gradients are those of the batch all the same, and a step takes a "
+        "quarter less time where all of the batch goes at once")
     add("--lr", type=cli.positive, default=1e-3, help="peak learning rate of AdamW")
     add("--weight-decay", type=cli.nonnegative, default=0.01, help="AdamW's decay of all weights but biases and norms")
     add("--tau", type=cli.positive, default=0.2, help="temperature of the contrastive loss")
@@ -276,7 +276,9 @@ def main(argv=None):
     if "sample" in args:
         return draw(args)
     generate, contrast, device = args.alpha > 0, args.beta > 0, cli.pick_device(args.device)
-    args.micro_batch = args.micro_batch or (8 if device.type == "cpu" else 16)
+    if args.micro_batch is None:
+        image = 50 * args.width * args.image_size**2 * (4 * args.encoder_layers + args.decoder_layers)        # bytes
+        args.micro_batch = min(args.batch_size, max(1, (2**31 if device.type == "cpu" else 2**32) // image))
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     run = Run("gcrl", vars(args), device, rank)

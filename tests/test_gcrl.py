@@ -166,6 +166,25 @@ def test_one_forward_gives_what_the_parts_give():
     assert model(x1, x2, False, True)[0] is None
 
 
+@pytest.mark.parametrize("flags, device, micro_batch", [
+    ("--dataset cifar10", "cpu", 8), ("--dataset cifar10", "cuda", 16), ("--dataset cifar10 --small", "cpu", 128),
+    ("", "cpu", 32), ("--dataset cifar10 --micro-batch 100", "cpu", 100), ("--dataset cifar10 --width 8192", "cpu", 1)])
+def test_default_micro_batch(flags, device, micro_batch, monkeypatch):
+    """As many images as take about 2 GB on a CPU and 4 GB on a GPU, all where all do, one at least."""
+    class Seen(Exception):
+        pass
+
+    def run(method, settings, *_):
+        raise Seen(settings["micro_batch"])
+    monkeypatch.setattr(gcrl, "Run", run)
+    monkeypatch.setattr(gcrl.cli, "pick_device", lambda name: torch.device(device))
+    monkeypatch.setattr(gcrl.cli, "pick_amp", lambda *_: None)
+    monkeypatch.setattr(gcrl.distributed, "start", lambda device: (0, 1))
+    with pytest.raises(Seen) as seen:
+        gcrl.main(flags.split())
+    assert seen.value.args == (micro_batch,)
+
+
 def test_near_colours_begin_with_near_embeddings():
     """set_palette adds a linear map of the colours, which a model of one seed repeats; one colour alone is no harm."""
     palette = torch.tensor([[0.1, 0.1, 0.1], [0.12, 0.1, 0.1], [0.9, 0.2, 0.8], [0.2, 0.9, 0.3]])
