@@ -251,7 +251,7 @@ def arguments(argv):
     add("--batch-size", type=cli.number(int, 2, True), default=256, help="images a step, over all processes")
     add("--micro-batch", type=cli.count, default=None, help="images that go through the network at once (default: what "
         "takes about 2 GB, on a GPU 4 GB); loss and gradients are those of the batch all the same, and a step takes a "
-        "quarter less time where all of the batch goes at once")
+        "fifth less time where all of the batch goes at once")
     add("--lr", type=cli.positive, default=1e-3, help="peak learning rate of AdamW")
     add("--weight-decay", type=cli.nonnegative, default=0.01, help="AdamW's decay of all weights but biases and norms")
     add("--tau", type=cli.positive, default=0.2, help="temperature of the contrastive loss")
