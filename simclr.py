@@ -10,16 +10,23 @@ The loss is the mean over the 2N views. What is kept, and probed, is h.
     python simclr.py                                        # embedded data, two minutes on two cores
     python simclr.py --dataset cifar10                      # ResNet-18, 200 epochs
     torchrun --nproc-per-node 4 simclr.py --dataset cifar10 # the same run on four GPUs
+
+Differences from the paper: SGD with momentum by default, as in dkobak/simclr-cifar10, LARS (the paper's) by a flag, and
+a cosine to 0 after a warm-up of 5 % of the steps; weight decay 1e-4; the head has two layers without batch norm (the
+authors' code: three with); inputs are in [0, 1], not normalised by mean and deviation, as in the authors' code; at
+--dataset folder the crop is one of the photograph's centre square, and tau 0.5.
+
+Measured, linear probe / kNN: `shapes` 62.4 / 45.8 (untrained 31.6 / 15.2), 48 s on one core of an AMD EPYC.
 """
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import augment, cli, distributed, pictures, resnet
-from common.data import NAMES, epoch_order, load, steps_per_epoch
-from common.run import Progress, Run, cosine, parse, set_rate, spread
+from common import augment, cli, distributed, resnet
+from common.run import Run, cosine
 
 # ---- augmentation (appendix A; appendix B.9 for CIFAR)
 
@@ -30,24 +37,21 @@ def view(x, rng, size, crop_min, jitter, blur):
     crop_min: least share of the area that a crop keeps. jitter: the paper's s, strength of the colour distortion.
     blur: share of the views that are blurred.
     """
-    n, s = len(x), jitter
-    x = x.float() / 255
-    x = augment.resized_crop(x, *augment.crop_boxes(rng, n, *x.shape[2:], scale=(crop_min, 1.0)), size)
-    x = augment.horizontal_flip(x, rng.uniform(n) < 0.5)
-    factors, order = augment.jitter_parameters(rng, n, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
-    x = augment.apply_where(rng.uniform(n) < 0.8, augment.color_jitter, x, factors, order)
-    x = augment.apply_where(rng.uniform(n) < 0.2, augment.grayscale, x)
+    s = jitter
+    x = augment.random_resized_crop(x.float() / 255, rng, size, scale=(crop_min, 1.0))
+    x = augment.random_horizontal_flip(x, rng)
+    x = augment.random_color_jitter(x, rng, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
+    x = augment.random_grayscale(x, rng, p=0.2)
     if blur > 0:
-        gaussian_blur = lambda x, sigma: augment.gaussian_blur(x, sigma, kernel_size=size // 20 * 2 + 1)
-        x = augment.apply_where(rng.uniform(n) < blur, gaussian_blur, x, rng.uniform(n, low=0.1, high=2.0))
+        x = augment.random_gaussian_blur(x, rng, kernel_size=size // 20 * 2 + 1, p=blur)
     return x
 
 
 # ---- model
 
 
-def encoder(args):
-    """What is kept and probed, untrained: (N, 3, S, S) RGB in [0, 1] to (N, D). args: the settings of a run."""
+def build_encoder(args):
+    """The encoder, untrained: (N, 3, S, S) RGB in [0, 1] to features (N, D). args: the settings of a run."""
     return getattr(resnet, args.arch)(args.stem, args.width)
 
 
@@ -122,37 +126,35 @@ def parameter_groups(model, weight_decay):
 
 # ---- arguments
 
-DEFAULTS = {  # of a data set, where they differ from those below
-    "shapes": dict(image_size=16, width=16, epochs=25, batch_size=128, crop_min=0.4, lr=0.2, tau=0.2),
-    "stl10": dict(image_size=96),
-    "fashionmnist": dict(image_size=28),
-    "folder": dict(image_size=224, jitter=1.0, blur=0.5, stem="imagenet"),
-    "small": dict(image_size=32, jitter=0.5, blur=0.0, stem="cifar", width=16, epochs=20, batch_size=256, crop_min=0.2,
-                  lr=0.2, tau=0.2),
-}
+DEFAULTS = [  # of a run that makes these choices, where they differ from those below
+    (dict(dataset="shapes"), dict(image_size=16, width=16, epochs=25, batch_size=128, crop_min=0.4, lr=0.2, tau=0.2)),
+    (dict(dataset="stl10"), dict(image_size=96)),
+    (dict(dataset="fashionmnist"), dict(image_size=28)),
+    (dict(dataset="folder"), dict(image_size=224, jitter=1.0, blur=0.5, stem="imagenet")),
+    (dict(small=True), dict(image_size=32, jitter=0.5, blur=0.0, stem="cifar", width=16, epochs=20, batch_size=256,
+                            crop_min=0.2, lr=0.2, tau=0.2)),
+]
 
 
 def arguments(argv):
-    parser = cli.Parser(prog="simclr.py", description="SimCLR. Defaults are those of --dataset shapes; with another "
-                        "--dataset beside --help, that one's.")
-    add = parser.add_argument
-    add("--dataset", choices=NAMES, default="shapes", help="what to train on; shapes and folder need no download")
-    add("--image-size", type=cli.number(int, 8, True), default=32, help="side of the images, pixels")
+    parser = cli.RunParser(__file__, "SimCLR")
+    add, number = parser.add_argument, parser.number
+    number("--image-size", 32, "[8, inf)", "side of the images, pixels")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
-    add("--width", type=cli.count, default=64, help="channels of the encoder's first stage")
+    number("--width", 64, "[1, inf)", "channels of the encoder's first stage")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
-    add("--crop-min", type=cli.number(float, 0, high=1), default=0.08, help="least share of the area that a crop keeps")
-    add("--jitter", type=cli.nonnegative, default=0.5, help="strength s of the colour distortion (ImageNet: 1)")
-    add("--blur", type=cli.number(float, 0, True, 1), default=0.0, help="share of the views blurred (ImageNet: 0.5)")
-    add("--epochs", type=cli.count, default=200, help="passes over the training images")
-    add("--warmup", type=cli.number(float, 0, True, 1), default=0.05, help="share of the epochs with a rising rate")
-    add("--batch-size", type=cli.number(int, 2, True), default=512, help="images a step, over all processes")
+    # Table 1, figure 5 of the paper: crop and colour distortion together matter most.
+    number("--crop-min", 0.08, "(0, 1]", "least share of the area that a crop keeps")
+    number("--jitter", 0.5, "[0, inf)", "strength s of the colour distortion (ImageNet: 1)")
+    number("--blur", 0.0, "[0, 1]", "share of the views blurred (ImageNet: 0.5)")
+    number("--epochs", 200, "[1, inf)", "passes over the training images")
+    number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
+    number("--batch-size", 512, "[2, inf)", "images a step, over all processes")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="lars is the paper's")
-    add("--lr", type=cli.positive, default=0.1, help="peak learning rate for 256 images; scaled by batch size / 256")
-    add("--weight-decay", type=cli.nonnegative, default=1e-4, help="of all weights but biases and batch norm")
-    add("--tau", type=cli.positive, default=0.5, help="temperature of the loss")
-    cli.add_run_flags(parser)
-    return parse(parser, argv, DEFAULTS)
+    number("--lr", 0.1, "(0, inf)", "peak learning rate for 256 images; scaled by batch size / 256")
+    number("--weight-decay", 1e-4, "[0, inf)", "of all weights but biases and batch norm")
+    number("--tau", 0.5, "(0, inf)", "temperature of the loss")
+    return parser.parse(argv, DEFAULTS)
 
 
 # ---- training
@@ -164,72 +166,56 @@ def main(argv=None):
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
-    run = Run("simclr", vars(args), device, rank)
-    data = distributed.first_alone(load, args.dataset, args.data_dir, args.image_size, device, args.workers,
-                                   args.cache_gb, args.seed)
-    steps = steps_per_epoch(len(data.train), args.batch_size, world)
-    run.describe(precision=amp or torch.float32, processes=world)
-    run.ready("data", data.describe())
+    run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
+    images, batches = run.data()
 
     def new_model():
         torch.manual_seed(args.seed)
-        model = SimCLR(encoder(args))
-        return distributed.sync_batch_norm(model, device).to(device, memory_format=torch.channels_last)
+        return SimCLR(build_encoder(args)).to(device, memory_format=torch.channels_last)
 
     model = new_model()
-    run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
-    net = distributed.wrap(model)
+    net = distributed.wrap(model, device)
     net = torch.compile(net) if args.compile else net
-    lr = args.lr * args.batch_size / 256
+    run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
+    peak_lr = args.lr * args.batch_size / 256
     groups = parameter_groups(model, args.weight_decay)
     if args.optimizer == "lars":
-        optimizer = LARS(groups, lr)
+        optimizer = LARS(groups, peak_lr)
     else:
-        optimizer = torch.optim.SGD([{k: v for k, v in g.items() if k != "adapt"} for g in groups], lr, momentum=0.9)
+        optimizer = torch.optim.SGD([{k: v for k, v in g.items() if k != "adapt"} for g in groups], peak_lr, 0.9)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    rng, recipe = augment.Random(args.seed, rank, world), (args.image_size, args.crop_min, args.jitter, args.blur)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
+    rng = augment.Random(args.seed, rank, world)
+    random_view = functools.partial(view, size=args.image_size, crop_min=args.crop_min, jitter=args.jitter,
+                                    blur=args.blur)
 
-    metrics = {"loss": ("loss", f"chance {math.log(2 * args.batch_size - 1):.3f}"), "spread": ("spread", "")}
-    progress = Progress(run, args.epochs, steps, args.batch_size, metrics)
-    run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng, progress=progress)
-    epoch, step = run.restore()
+    progress = run.progress(args.epochs, len(batches), args.batch_size,
+                            {"loss": f"chance {math.log(2 * args.batch_size - 1):.3f}"})
+    run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
+    first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     with run:
-        while epoch < args.epochs:
-            order = epoch_order(len(data.train), args.batch_size, args.seed, epoch, rank, world)[step:]
-            for step, x in enumerate(data.train.batches(order), step):
-                views = torch.cat([view(x, rng, *recipe) for _ in range(2)])       # (2N, 3, S, S)
-                set_rate(optimizer, lr * cosine(epoch * steps + step, args.epochs * steps, args.warmup))
+        for epoch in range(first_epoch, args.epochs):
+            for step, _, x in batches.epoch(epoch, first_step):
+                for group in optimizer.param_groups:
+                    group["lr"] = peak_lr * cosine(epoch * len(batches) + step, args.epochs * len(batches), args.warmup)
+                views = torch.cat([random_view(x, rng), random_view(x, rng)])      # (2N, 3, S, S)
                 with autocast:
                     h, z = net(views.contiguous(memory_format=torch.channels_last))
                 z1, z2 = z.float().chunk(2)                                   # (N, projection_dim) each
+                # Each process sees the negatives of all: the loss is that of the whole batch.
                 loss = nt_xent(distributed.gather(z1), distributed.gather(z2), args.tau)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
-                scaler.step(optimizer)
+                scaler.step(optimizer)                                        # skipped where a gradient overflowed
                 scaler.update()
-                progress.update(epoch, step, [loss, spread(h)])
-                if run.stop_requested():
-                    run.stop(epoch, step + 1)
+                progress.update(epoch, step, h, loss=loss)                    # saves and ends here after Ctrl-C
             progress.end_epoch(epoch, lr=optimizer.param_groups[0]["lr"])
-            epoch, step = epoch + 1, 0
-            run.save(epoch, step)
+            first_step = 0
 
-    if rank > 0:
-        return {}
-
-    def judged(model):
-        def encode(x):                                                        # uint8 (N, 3, S, S) to (N, feature_dim)
-            with autocast:
-                return model.encoder((x.float() / 255).contiguous(memory_format=torch.channels_last))
-        return encode, model
-
-    run.write("encoder.pt", lambda path: torch.save(model.encoder.state_dict(), path))
-    x, rng = data.train.at(data.train.some(32)), augment.Random(args.seed)
-    x1, x2 = (view(x, rng, *recipe) for _ in range(2))
-    run.write("views.png", lambda path: pictures.rows(path, x1, x2))
-    return run.finish(data, {"untrained": judged(new_model()), "trained": judged(model)}, device)
+    x, rng = images.train.at(images.train.random_indices(32)), augment.Random(args.seed)
+    run.picture("views.png", random_view(x, rng), random_view(x, rng))
+    return run.finish(images, {"untrained": new_model().encoder, "trained": model.encoder}, autocast)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 Images x are (N, 3, H, W) floats in [0, 1] on any device. Parameters are (N,) tensors on the CPU, drawn by `Random`, so
 a seed gives the same views on every device. Given the same parameters each operation agrees with the function of its
-name in `torchvision.transforms.functional`. The recipes (which operation, how strong, how often) stand in the scripts.
+name in `torchvision.transforms.functional`, and the `random_` ones draw them as torchvision's transforms do. The
+recipes (which operation, how strong, how often) stand in the scripts.
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -32,7 +35,7 @@ class Random:
 
 
 def per_image(parameter, x):
-    """(N,) on the CPU to (N, 1, 1, 1) on x's device."""
+    """(N,) on the CPU to (N, 1, 1, 1) on x's device, of x's type."""
     return parameter.to(x.device, x.dtype, non_blocking=True)[:, None, None, None]
 
 
@@ -54,9 +57,8 @@ def apply_where(mask, operation, x, *parameters, inplace=False):
 
 def resample(x, rows, columns):
     """x (N, C, H, W), rows (N, H', H), columns (N, W', W) to (N, C, H', W')."""
-    n, channels, height, width = x.shape
-    x = x.reshape(n, channels * height, width) @ columns.transpose(1, 2)      # (N, C H, W')
-    return rows[:, None] @ x.view(n, channels, height, -1)
+    x = x.flatten(1, 2) @ columns.transpose(1, 2)                             # (N, C H, W')
+    return rows[:, None] @ x.unflatten(1, (-1, rows.shape[2]))
 
 
 def crop_matrix(start, length, size, out):
@@ -87,26 +89,31 @@ def crop_boxes(rng, n, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     else the whole image (cut to the ratio's bounds).
     """
     area = height * width * rng.uniform(n, 10, low=scale[0], high=scale[1])   # (n, 10)
-    log_ratio = torch.tensor(ratio).log()
-    aspect = rng.uniform(n, 10, low=float(log_ratio[0]), high=float(log_ratio[1])).exp()
+    low, high = torch.tensor(ratio).log().tolist()
+    aspect = rng.uniform(n, 10, low=low, high=high).exp()
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.int().argmax(dim=1, keepdim=True)                            # (n, 1); 0 where none fits
-    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
-    whole_w = min(width, round(height * ratio[1]))
-    whole_h = min(height, round(width / ratio[0]))
-    w = torch.where(fits.any(1), w, float(whole_w))
-    h = torch.where(fits.any(1), h, float(whole_h))
-    top = (rng.uniform(n) * (height - h + 1)).floor()
-    left = (rng.uniform(n) * (width - w + 1)).floor()
-    top = torch.where(fits.any(1), top, ((height - h) / 2).floor())           # the whole image's box is centred
-    left = torch.where(fits.any(1), left, ((width - w) / 2).floor())
-    return top, left, h, w
+    first, any_fits = fits.int().argmax(dim=1, keepdim=True), fits.any(dim=1)  # (n, 1), 0 where none fits; (n,)
+    w = torch.where(any_fits, w.gather(1, first)[:, 0], float(min(width, round(height * ratio[1]))))
+    h = torch.where(any_fits, h.gather(1, first)[:, 0], float(min(height, round(width / ratio[0]))))
+    top, left = (rng.uniform(n) * (height - h + 1)).floor(), (rng.uniform(n) * (width - w + 1)).floor()
+    top = torch.where(any_fits, top, ((height - h) / 2).floor())              # the whole image's box is centred
+    return top, torch.where(any_fits, left, ((width - w) / 2).floor()), h, w
+
+
+def random_resized_crop(x, rng, size, scale):
+    """A box of each image's own, of a share of its area in `scale`, resized to size x size."""
+    return resized_crop(x, *crop_boxes(rng, len(x), *x.shape[2:], scale), size)
 
 
 def horizontal_flip(x, mask):
     """Mirrors the images where mask (N,) is true."""
     return torch.where(mask.to(x.device, non_blocking=True)[:, None, None, None], x.flip(3), x)
+
+
+def random_horizontal_flip(x, rng):
+    """Mirrors one image in two."""
+    return horizontal_flip(x, rng.uniform(len(x)) < 0.5)
 
 
 def shift(x, down, right):
@@ -118,6 +125,11 @@ def shift(x, down, right):
     image = torch.arange(n, device=x.device)[:, None, None]
     x = x.permute(0, 2, 3, 1)[image, moved(height, down)[:, :, None], moved(width, right)[:, None, :]]
     return x.permute(0, 3, 1, 2)
+
+
+def random_shift(x, rng, reach):
+    """Moves each image by up to `reach` whole pixels down or up and right or left."""
+    return shift(x, *rng.uniform(len(x), 2, low=-reach, high=reach + 1).floor().unbind(1))
 
 
 def gaussian_blur(x, sigma, kernel_size):
@@ -134,6 +146,12 @@ def gaussian_blur(x, sigma, kernel_size):
     return resample(x, matrix(x.shape[2]), matrix(x.shape[3]))
 
 
+def random_gaussian_blur(x, rng, kernel_size, p):
+    """Blurs a share p of the images by a sigma within 0.1 and 2.0 pixels."""
+    blur = functools.partial(gaussian_blur, kernel_size=kernel_size)
+    return apply_where(rng.uniform(len(x)) < p, blur, x, rng.uniform(len(x), low=0.1, high=2.0))
+
+
 # ---- colour
 
 
@@ -144,6 +162,11 @@ def luma(x):
 
 def grayscale(x):
     return luma(x).expand_as(x)
+
+
+def random_grayscale(x, rng, p):
+    """Makes a share p of the images grey."""
+    return apply_where(rng.uniform(len(x)) < p, grayscale, x)
 
 
 def adjust_brightness(x, factor):
@@ -182,9 +205,9 @@ def color_jitter(x, factors, order):
     permutation of 0..3, the adjustments in the order of application.
     """
     x = x.clone()
-    for place in range(4):
+    for turn in range(4):
         for which, adjust in enumerate(ADJUST):
-            apply_where(order[:, place] == which, adjust, x, factors[:, which], inplace=True)
+            apply_where(order[:, turn] == which, adjust, x, factors[:, which], inplace=True)
     return x
 
 
@@ -196,3 +219,9 @@ def jitter_parameters(rng, n, brightness, contrast, saturation, hue):
     low[:3].clamp_(min=0)
     factors = low + (high - low) * rng.uniform(n, 4)
     return factors, rng.uniform(n, 4).argsort(dim=1)
+
+
+def random_color_jitter(x, rng, brightness, contrast, saturation, hue, p):
+    """Jitters the colours of a share p of the images, by factors of these strengths (`jitter_parameters`)."""
+    factors, order = jitter_parameters(rng, len(x), brightness, contrast, saturation, hue)
+    return apply_where(rng.uniform(len(x)) < p, color_jitter, x, factors, order)

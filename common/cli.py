@@ -1,83 +1,140 @@
-"""What every script does at its command line: flags with a range, one-sentence refusals, device and precision."""
+"""What every script does at its command line: settings, one-sentence errors, device and precision."""
 import argparse
+import functools
+import json
 import math
 import os
 import sys
+from pathlib import Path
 
 import torch
 
+from . import Refusal, data
 
-class Refusal(ValueError):
-    """Something the user has to change. Its text is one sentence that names the flag or the file and the way out."""
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """A flag a line, with its default where it has one."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=28, width=120)
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+FREE_ON_RESUME = {"help", "resume", "device", "compile", "workers", "data_dir", "cache_gb"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors as a Refusal."""
+    """argparse, with errors as a Refusal and each flag's default beside its help."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=functools.partial(Help, max_help_position=28, width=120), allow_abbrev=False,
+                         **kwargs)
 
     def error(self, message):
         raise Refusal(f"{message} (--help lists the flags)")
 
+    def number(self, flag, default, interval, help, kind=None, **more):
+        """A flag for a number in an interval such as "(0, 1]", of the default's type (`kind` where that is None)."""
+        self.add_argument(flag, default=default, type=in_interval(interval, kind or type(default)), help=help, **more)
 
-def number(kind, low, low_included=False, high=math.inf):
-    """An argparse type: an int or float (`kind`) above `low` (or equal, if included) and at most `high`."""
+    def refuse_unused(self, args, names, choice):
+        """Refusal where one of these settings is not at its default: the choice, say "--flag value", ignores them."""
+        for name in names:
+            if getattr(args, name) != self.get_default(name):
+                raise Refusal(f"--{name.replace('_', '-')} means nothing to {choice}: leave it out")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
+class RunParser(Parser):
+    """The parser of a script that trains, with the flags that mean the same to every method."""
+
+    def __init__(self, script, method, datasets=data.NAMES):
+        super().__init__(prog=Path(script).name, add_help=False, description=f"{method}. The defaults shown are those "
+                         f"of --dataset shapes, or of the choices that stand beside --help.")
+        add = self.add_argument_group("settings that all methods share").add_argument
+        add("-h", "--help", action="store_true", help="shows the flags")
+        add("--dataset", choices=datasets, default="shapes", help="images to train on; shapes and folder need no "
+            "download")
+        add("--small", action="store_true", help="settings of a real data set for about half an hour to an hour "
+            "without a GPU: smaller images, networks and batches, fewer epochs; other flags go before it")
+        add("--data-dir", default="data", metavar="DIR",
+            help="folder of downloads, or of your images (DIR/train/CLASS/*, DIR/test/CLASS/*)")
+        add("--seed", type=in_interval("[0, 4294967295]", int), default=0,
+            help="of the weights, the order, the augmentation, and of shapes")
+        add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
+        add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+            help="mixed precision; auto takes bf16, fp16 or off as the hardware has it")
+        add("--compile", action="store_true", help="torch.compile the model")
+        add("--workers", type=in_interval("[0, inf)", int), default=cores(), help="processes that decode images")
+        add("--cache-gb", type=in_interval("[0, inf)", float), default=8.0,
+            help="GB of decoded images kept on the device; more is streamed")
+        add("--out", help="folder of the run; by default the next free runs/METHOD-DATASET-SEED")
+        add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
+
+    def parse(self, argv, presets, free=()):
+        """The settings of a new run, or of the run that --resume names, as a Namespace.
+
+        presets: [(choices, settings)]: a run that has all the choices, say dict(dataset="folder"), takes these
+        settings in place of the flags' defaults. A later entry goes before an earlier one, and a flag that is given
+        before all of them. --help shows what would be used. free: settings of this script that decide how fast it runs,
+        not what is computed, so that they may change on --resume. Raises Refusal.
+        """
+        settings, absent = vars(self.parse_args([])), object()
+        self.set_defaults(**dict.fromkeys(settings, absent))
+        given = vars(self.parse_args(sys.argv[1:] if argv is None else [str(a) for a in argv]))
+        given = {name: value for name, value in given.items() if value is not absent}
+        if "resume" in given:
+            try:
+                settings |= read_settings(given["resume"], Path(self.prog).stem)[1] | {"out": given["resume"]}
+            except Refusal as refusal:
+                raise Refusal(f"--resume {refusal}") from None
+            for name in given.keys() - FREE_ON_RESUME - set(free):
+                if given[name] != settings[name]:
+                    raise Refusal(f"--{name.replace('_', '-')} cannot change on --resume (the run has "
+                                  f"{settings[name]}): leave it out, or start a new run")
+        else:
+            chosen = settings | given
+            for choices, preset in presets:
+                settings |= preset if choices.items() <= chosen.items() else {}
+        self.set_defaults(**settings)
+        if given.pop("help", False):
+            self.print_help()
+            sys.exit(0)
+        settings.pop("help")
+        if given.get("small") and (settings | given)["dataset"] == "shapes":
+            raise Refusal("--small is for real images: --dataset shapes takes two minutes without it, leave it out")
+        return argparse.Namespace(**settings | given)
+
+
+def read_settings(folder, method=None):
+    """(method, settings) of the run in `folder`, from its args.json. method: the only one that will do, if any.
+
+    Raises Refusal where there is no such run. A method is the name of a script beside common/, never a path.
+    """
+    path = Path(folder) / "args.json"
+    try:
+        stored = json.loads(path.read_text())
+        found, settings = stored["method"], dict(stored["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Refusal(f"{folder}: no run there, {path} is missing or damaged: name the folder that a script has "
+                      f"made") from None
+    if not isinstance(found, str) or not found.isidentifier():
+        raise Refusal(f"{path}: the method {found!r} is not the name of a script, do not trust that folder")
+    if method not in (None, found):
+        raise Refusal(f"{folder} is a run of {found}.py, not of {method}.py")
+    return found, settings
+
+
+def in_interval(interval, kind):
+    """An argparse type: a number, int or float, in an interval such as "[0, 1]", or "(0, inf)" without its ends."""
+    low, high = map(float, interval[1:-1].split(","))
+
     def parse(text):
-        bound = f"{'at least' if low_included else 'above'} {low}" + (f" and at most {high}" if high < math.inf else "")
         try:
             value = kind(text)
         except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}") from None
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-        if not (low < value or low_included and low == value) or value > high:
-            raise argparse.ArgumentTypeError(f"{text} is not {bound}")
+            value = math.nan                                                  # in no interval
+        above = low <= value if interval[0] == "[" else low < value
+        if not above or not (value <= high if interval[-1] == "]" else value < high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number in {interval}")
         return value
     return parse
-
-
-count = number(int, 1, True)                # 1, 2, ...
-count_or_zero = number(int, 0, True)        # 0, 1, 2, ...
-positive = number(float, 0)
-nonnegative = number(float, 0, True)
-
-
-def add_run_flags(parser):
-    """The flags that mean the same to every method: where the data is, what the run uses and where it is kept."""
-    add = parser.add_argument
-    add("--small", action="store_true", help="settings of a real data set for about half an hour to an hour without a "
-        "GPU: smaller images, networks and batches, fewer epochs; other flags go before it")
-    add("--data-dir", default="data", metavar="DIR",
-        help="folder of downloads, or of your images (DIR/train/CLASS/*, DIR/test/CLASS/*)")
-    add("--seed", type=number(int, 0, True, 2**32 - 1), default=0, 
-        help="of the weights, the order, the augmentation, and of shapes")
-    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-        help="mixed precision; auto takes bf16, fp16 or off as the hardware has it")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--workers", type=count_or_zero, default=cores(), help="processes that decode images")
-    add("--cache-gb", type=nonnegative, default=8.0, help="GB of decoded images kept on the device; more is streamed")
-    add("--out", default=None, help="folder of the run; by default the next free runs/METHOD-DATASET-SEED")
-    add("--resume", default=None, metavar="RUN", help="go on with the run in this folder, with its settings")
-
-
-def refuse_unused(parser, args, names, choice):
-    """Refusal where one of these settings is not at its default: the choice, as "--flag value", does not use them."""
-    for name in names:
-        if getattr(args, name) != parser.get_default(name):
-            raise Refusal(f"--{name.replace('_', '-')} means nothing to {choice}: leave it out")
 
 
 def cores():
@@ -90,16 +147,16 @@ def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
 
     memory: the flags that lower the need of memory, for the sentence of where there is too little.
     """
-    name = os.path.basename(sys.argv[0])
     free = limit_memory()
+    too_little = f"this needs more memory than the {free / 1e9:.1f} GB that were free: lower {memory}"
     try:
-        main()
+        return main()
     except Refusal as refusal:
         status, sentence = 2, str(refusal)
     except torch.OutOfMemoryError:
         status, sentence = 2, f"the GPU is out of memory: lower {memory}"
     except MemoryError:
-        status, sentence = 2, f"this needs more memory than the {free / 1e9:.1f} GB that were free: lower {memory}"
+        status, sentence = 2, too_little
     except OSError as error:
         if error.filename is None and error.strerror is None:
             raise
@@ -108,14 +165,12 @@ def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
         if "PytorchStreamWriter" in str(error):
             status, sentence = 2, "a checkpoint could not be written: make room on the disk of --out, then --resume"
         elif "DefaultCPUAllocator" in str(error) or "could not create" in str(error):            # torch's, oneDNN's
-            status, sentence = 2, f"this needs more memory than the {free / 1e9:.1f} GB that were free: lower {memory}"
+            status, sentence = 2, too_little
         else:
             raise
     except KeyboardInterrupt:
         status, sentence = 130, "interrupted"
-    else:
-        return
-    print(f"{name}: {sentence}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -125,9 +180,9 @@ def limit_memory():
     """
     try:
         import resource                                                       # Windows has none
-        told = dict(line.split()[:2] for file in ("/proc/meminfo", "/proc/self/status") for line in open(file)
-                    if line.startswith(("MemAvailable:", "VmData:")))
-        free, taken = 1024 * int(told["MemAvailable:"]), 1024 * int(told["VmData:"])
+        sizes = dict(line.split()[:2] for file in ("/proc/meminfo", "/proc/self/status") for line in open(file)
+                     if line.startswith(("MemAvailable:", "VmData:")))
+        free, taken = 1024 * int(sizes["MemAvailable:"]), 1024 * int(sizes["VmData:"])
     except (ImportError, OSError, KeyError):
         return math.nan
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):   # of a container
@@ -162,13 +217,12 @@ def pick_amp(name, device):
     GPUs, which needs a gradient scaler, else float32.
     """
     if name == "auto":
+        has = torch.cpu.get_capabilities()
+        name = "off"
         if device.type == "cuda":
             name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-        elif device.type == "cpu":
-            has = torch.cpu.get_capabilities()
-            name = "bf16" if has.get("amx_bf16") or has.get("avx512_bf16") else "off"
-        else:
-            name = "off"
+        elif device.type == "cpu" and (has.get("amx_bf16") or has.get("avx512_bf16")):
+            name = "bf16"
     if name == "fp16" and device.type != "cuda":
         raise Refusal("--amp fp16 needs a CUDA device, try --amp auto")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]

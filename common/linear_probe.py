@@ -1,7 +1,6 @@
-"""What a frozen representation is worth: a linear probe and a kNN classifier on its features, beside honest floors.
+"""What a frozen representation is worth: a linear probe and a kNN classifier on its features, beside honest floors."""
+import contextlib
 
-    python -m common.linear_probe RUN --labels 0.01 0.1 --finetune --ood patterns      # judges a run: evaluate.py
-"""
 import torch
 import torch.nn.functional as F
 
@@ -106,54 +105,63 @@ def knn(train_x, train_y, test_x, test_y, k=200, tau=0.1):
 
 
 @torch.no_grad()
-def features(encode, images, module=None, batch_size=512):
-    """encode(uint8 (B, 3, S, S)) of every image, in order: (N, D) floats on the device.
+def features(encoder, images, autocast=contextlib.nullcontext(), batch_size=512):
+    """What the encoder makes of every image, in order: (N, D) floats on the device.
 
-    module: put into eval mode meanwhile, and its parts back into the modes they had; nothing else of it changes.
+    encoder: a Module, RGB (B, 3, S, S) in [0, 1] to (B, D). It is put into eval mode meanwhile, and its parts back into
+    the modes they had; nothing else of it changes. images: `data.Images`. autocast: a context.
     """
-    modes = {} if module is None else {part: part.training for part in module.modules()}
-    for part in modes:
-        part.training = False
+    modes = {part: part.training for part in encoder.modules()}
+    encoder.eval()
     try:
-        index = torch.arange(len(images)).split(batch_size)
-        return torch.cat([encode(batch).float() for batch in images.batches(index)])
+        found = []
+        for x in images.batches(torch.arange(len(images)).split(batch_size)):
+            with autocast:
+                found.append(encoder((x.float() / 255).contiguous(memory_format=torch.channels_last)).float())
+        return torch.cat(found)
     finally:
         for part, training in modes.items():
             part.training = training
 
 
-def whitened_pixels(train, test, components=256):
+class WhitenedPixels(torch.nn.Module):
     """The floor that needs no learning: pixels (at most 32 x 32) on their first principal components, whitened.
 
-    train, test: Images. Returns (N, components) and (M, components).
+    Fitted to `images`, at most 10,000 of them. Images to (N, components).
     """
-    def flat(x):
-        x = x.float() / 255
+
+    def __init__(self, images, components=256):
+        super().__init__()
+        parts = images.batches(images.random_indices(10_000).split(512))
+        x = torch.cat([self.flat(part.float() / 255) for part in parts])
+        self.mean = x.mean(dim=0)
+        variance, axes = torch.linalg.eigh((x - self.mean).T @ (x - self.mean) / len(x))      # ascending
+        components = min(components, int((variance > 1e-6 * variance[-1]).sum()))             # few images span less
+        self.axes = axes[:, -components:] / variance[-components:].clamp(min=1e-8).sqrt()
+
+    def flat(self, x):
         if x.shape[-1] > 32:
             x = F.interpolate(x, size=32, mode="bilinear", antialias=True)
         return x.flatten(1)                                                   # (B, 3 S S)
 
-    x = torch.cat([flat(batch) for batch in train.batches(train.some(10_000).split(512))])
-    mean = x.mean(dim=0)
-    variance, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))    # ascending
-    components = min(components, int((variance > 1e-6 * variance[-1]).sum()))                 # few images span less
-    axes = axes[:, -components:] / variance[-components:].clamp(min=1e-8).sqrt()
-    return tuple(features(lambda batch: (flat(batch) - mean) @ axes, images) for images in (train, test))
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return (self.flat(x) - self.mean) @ self.axes
 
 
 MEASURES = {"linear": linear_probe, "knn": knn, "mlp": mlp}
 
 
-def evaluate(data, encoders, measures=("linear", "knn")):
-    """The measures (of `MEASURES`) of each encoder and of whitened pixels, on data (a `Data` with labels).
+def evaluate(images, encoders, autocast=contextlib.nullcontext(), measures=("linear", "knn")):
+    """The measures (of `MEASURES`) of each encoder and of whitened pixels, on `data.Data` with labels.
 
-    encoders: {row: (encode, module)}, see `features`. Returns {measure: {row: accuracy}} with the rows "pixels" and the
+    encoders: {row: Module}, see `features`. Returns {measure: {row: accuracy}} with the rows "pixels" and the
     encoders', and {row: (labelled features, test features)}.
     """
-    x = {"pixels": whitened_pixels(data.labelled, data.test)}
-    for row, (encode, module) in encoders.items():
-        x[row] = tuple(features(encode, images, module) for images in (data.labelled, data.test))
-    return {name: {row: MEASURES[name](train_x, data.labelled.labels, test_x, data.test.labels)
+    encoders = {"pixels": WhitenedPixels(images.labelled), **encoders}
+    x = {row: [features(encoder, part, autocast) for part in (images.labelled, images.test)]
+         for row, encoder in encoders.items()}
+    return {name: {row: MEASURES[name](train_x, images.labelled.labels, test_x, images.test.labels)
                    for row, (train_x, test_x) in x.items()} for name in measures}, x
 
 
@@ -169,8 +177,3 @@ def table(results, method):
     lines += [f"{title(row):26}" + "".join(f"{100 * accuracies[row]:8.1f}" for accuracies in results.values())
               for row in next(iter(results.values()))]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    from common import cli, evaluate
-    cli.program(evaluate.main)

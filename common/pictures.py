@@ -1,7 +1,6 @@
 """Pictures to look at: tiles of images, small ones enlarged so that their pixels can be seen."""
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torchvision.utils import make_grid, save_image
 
 
@@ -14,13 +13,6 @@ def tiles(path, images, columns):
     save_image(make_grid(images, nrow=columns, padding=2, pad_value=1.0), path, format="png")
 
 
-def as_colours(x):
-    """(N, C, S, S) in [-1, 1] of one to three channels to RGB in [0, 1]: one is grey, two are red and green beside a
-    middling blue."""
-    rgb = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else F.pad(x, (0, 0, 0, 0, 0, 3 - x.shape[1]))
-    return (rgb / 2 + 0.5).clamp(0, 1)
-
-
 def rows(path, *images, columns=8):
     """A row of each of the tensors (N, 3, S, S) in turn: views of the same images stand above one another."""
     tiles(path, torch.cat([row for rows in zip(*(x.split(columns) for x in images)) for row in rows]), columns)
@@ -31,25 +23,10 @@ def neighbours(path, queries, query_features, images, features, n=10, k=9):
 
     queries, images: `Images`, which may be the same, in which case an image is not its own neighbour.
     """
-    which, k = queries.some(n).to(features.device), min(k, len(images) - 1)
+    which, k = queries.random_indices(n).to(features.device), min(k, len(images) - 1)
     similarity = F.normalize(query_features[which], dim=1) @ F.normalize(features, dim=1).T
     if queries is images:
         similarity.scatter_(1, which[:, None], -1.0)
     nearest = similarity.topk(k, dim=1).indices                               # (n, k)
     columns = [queries.at(which)[:, None], images.at(nearest.flatten()).unflatten(0, nearest.shape)]
     tiles(path, torch.cat(columns, dim=1).flatten(0, 1), k + 1)
-
-
-def curve(path, values, height=240, step=110):
-    """Saves {name: value in [0, 1]} as a line from point to point, each with its name and percentage."""
-    low, high = min(values.values()), max(values.values())
-    image = Image.new("RGB", (step * len(values) + 20, height), "white")
-    draw, points = ImageDraw.Draw(image), []
-    for i, (name, value) in enumerate(values.items()):
-        x, y = step // 2 + i * step, height - 60 - (height - 100) * (value - low) / max(high - low, 1e-9)
-        points.append((x, y))
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="black")
-        draw.text((x, y - 18), f"{100 * value:.1f}", fill="black", anchor="mm")
-        draw.text((x, height - 30), name.replace(", ", "\n"), fill="black", anchor="mm")
-    draw.line(points, fill="black", width=1)
-    image.save(path, "PNG")

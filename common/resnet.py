@@ -1,10 +1,11 @@
-"""ResNet-18, -34 and -50 (He et al. 2015, 1512.03385) without their classifier.
+"""ResNet-18, -34 and -50 (He et al. 2015, 1512.03385) of any width, without their classifier, of torchvision's blocks.
 
 Parameter names are torchvision's, so `torchvision.models.resnet18().load_state_dict(ours, strict=False)` misses only
 `fc.*` when the stem is "imagenet" and the width 64.
 """
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 
 class Conv3x3(nn.Conv2d):
@@ -15,62 +16,6 @@ class Conv3x3(nn.Conv2d):
         if x.shape[2:] == (1, 1):
             return F.conv2d(x, self.weight[:, :, 1:2, 1:2])
         return super().forward(x)
-
-
-def conv3x3(in_channels, out_channels, stride=1):
-    return Conv3x3(in_channels, out_channels, 3, stride, padding=1, bias=False)
-
-
-def conv1x1(in_channels, out_channels, stride=1):
-    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: ResNet-18 and -34."""
-    expansion = 1
-
-    def __init__(self, in_channels, channels, stride, norm_layer):
-        super().__init__()
-        self.conv1 = conv3x3(in_channels, channels, stride)
-        self.bn1 = norm_layer(channels)
-        self.conv2 = conv3x3(channels, channels)
-        self.bn2 = norm_layer(channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(in_channels, channels * self.expansion, stride, norm_layer)
-
-    def forward(self, x):
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return self.relu(y + self.downsample(x))
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions and a shortcut: ResNet-50. The stride sits on the 3x3, as in torchvision."""
-    expansion = 4
-
-    def __init__(self, in_channels, channels, stride, norm_layer):
-        super().__init__()
-        self.conv1 = conv1x1(in_channels, channels)
-        self.bn1 = norm_layer(channels)
-        self.conv2 = conv3x3(channels, channels, stride)
-        self.bn2 = norm_layer(channels)
-        self.conv3 = conv1x1(channels, channels * self.expansion)
-        self.bn3 = norm_layer(channels * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = shortcut(in_channels, channels * self.expansion, stride, norm_layer)
-
-    def forward(self, x):
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return self.relu(y + self.downsample(x))
-
-
-def shortcut(in_channels, out_channels, stride, norm_layer):
-    """The identity where shapes agree (it has no parameters, hence no key), else a strided 1x1 projection."""
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
-    return nn.Sequential(conv1x1(in_channels, out_channels, stride), norm_layer(out_channels))
 
 
 class ResNet(nn.Module):
@@ -86,26 +31,27 @@ class ResNet(nn.Module):
         super().__init__()
         if stem not in ("cifar", "imagenet"):
             raise ValueError(f"stem is 'cifar' or 'imagenet', not {stem!r}")
-        if stem == "imagenet":
-            self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
-            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        else:
-            self.conv1 = conv3x3(in_channels, width)
-            self.maxpool = nn.Identity()
+        kernel = dict(kernel_size=7, stride=2, padding=3) if stem == "imagenet" else dict(kernel_size=3, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, width, **kernel, bias=False)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         self.bn1 = norm_layer(width)
         self.relu = nn.ReLU(inplace=True)
         channels = width
         for stage, depth in enumerate(layers):
             blocks = []
             for i in range(depth):
-                stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(block(channels, width * 2**stage, stride, norm_layer))
-                channels = width * 2**stage * block.expansion
+                stride, out = 2 if stage > 0 and i == 0 else 1, width * 2**stage * block.expansion
+                shortcut = None if stride == 1 and channels == out else \
+                    nn.Sequential(conv1x1(channels, out, stride), norm_layer(out))
+                blocks.append(block(channels, width * 2**stage, stride, shortcut, norm_layer=norm_layer))
+                channels = out
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.feature_dim = channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.kernel_size == (3, 3):
+                    module.__class__ = Conv3x3
 
     def forward(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))                  # (N, width, H, W) | / 4 by "imagenet"

@@ -82,7 +82,7 @@ def bench_simclr(device, autocast, n, repeats, width):
 
 def bench_moco(device, autocast, n, repeats, width):
     x = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, device=device)
-    encoder = moco.Encoder("resnet18", "cifar", width, "linear", 8)
+    encoder = moco.EncoderWithHead("resnet18", "cifar", width, "linear", 8)
     model = moco.MoCo(encoder, "queue", 4096, 0.99).to(device, memory_format=torch.channels_last)
     plain = resnet.resnet18("cifar", width).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.query.parameters(), 0.01, momentum=0.9)
@@ -92,8 +92,8 @@ def bench_moco(device, autocast, n, repeats, width):
     def step():
         x1, x2 = (moco.view(x, rng, 32, 0.08, "v2", 0.0) for _ in range(2))
         with autocast:
-            loss, _, q, k = model(x1.contiguous(memory_format=torch.channels_last), x2, 0.1, False, None, None,
-                                  torch.randperm(n).to(device))
+            loss, _, q, k = model(x1.contiguous(memory_format=torch.channels_last), x2, 0.1,
+                                  order=torch.randperm(n).to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -124,7 +124,7 @@ def bench_cmc(device, autocast, n, repeats, width):
     def step():
         drawn = torch.randint(50_000, (4096,)).to(device)
         with autocast:
-            z = model(cmc.augmented(x, rng, 32, 0.2, 0.0))[1]
+            z = model(cmc.view(x, rng, 32, 0.2, 0.0))[1]
         loss = model.loss(z, index, drawn, pairs, "nce", 0.07)
         optimizer.zero_grad()
         loss.backward()
@@ -148,11 +148,11 @@ def bench_cpc(device, autocast, n, repeats, width):
     model = cpc.CPC(cpc.Encoder("resnet18", "cifar", width, "layer", 8, 4), 4, cpc.steps_ahead(8, 4, 5))
     model = model.to(device, memory_format=torch.channels_last)
     optimizer, rng = torch.optim.AdamW(model.parameters(), 1e-4), augment.Random(0)
-    patches = cpc.patches(x, rng, 32, 0.5, "v2", 8, 4)
+    patches = cpc.view(x, rng, 32, 0.5, "v2", 8, 4)
 
     def step():
         with autocast:
-            grids = model(cpc.patches(x, rng, 32, 0.5, "v2", 8, 4))[1:]
+            grids = model(cpc.view(x, rng, 32, 0.5, "v2", 8, 4))[1:]
         terms = [cpc.info_nce(*pair) for pair in cpc.pairs(*grids, model.ahead)]
         loss = sum(terms) / len(terms)
         optimizer.zero_grad()

@@ -89,14 +89,14 @@ def finished(tiny, tmp_path_factory):
         script, folder, stdout, found = importlib.import_module(name), tmp_path_factory.mktemp(name), io.StringIO(), {}
         finish = script.Run.finish
 
-        def wrapped(self, data, encoders, *args, **kwargs):
-            result = finish(self, data, encoders, *args, **kwargs)
-            found["model"] = encoders["trained"][1].state_dict()
-            return result
+        def wrapped(self, images, encoders, *args, **kwargs):
+            found["model"] = self.tracked["model"]
+            return finish(self, images, encoders, *args, **kwargs)
 
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
             patch.setattr(script.Run, "finish", wrapped)
             metrics = script.main(tiny(script, "--out", folder))
+        found["model"] = found["model"].state_dict()                          # after the evaluation
         return SimpleNamespace(folder=folder, metrics=metrics, stdout=stdout.getvalue(), **found)
     return lambda script: run(getattr(script, "__name__", script))
 

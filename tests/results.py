@@ -110,7 +110,7 @@ def measure(row, seed, args):
     judged = json.loads(evaluation.read_text()).get(key, {}) if evaluation.exists() else {}
     if not (set(map(str, args.labels)) <= judged.get("labels", {}).keys() and set(args.ood) <= judged.get(
             "ood", {}).keys()):
-        run(["-m", "common.linear_probe", str(folder), "--labels", *map(str, args.labels), "--ood", *args.ood], log)
+        run(["-m", "common.evaluation", str(folder), "--labels", *map(str, args.labels), "--ood", *args.ood], log)
     judged = json.loads(evaluation.read_text())[key]
     print(f"{row}, seed {seed}: linear {100 * judged['linear']['trained']:.1f}", flush=True)
     shown = shlex.join(words[:-2]).replace(place, "DIR")

@@ -82,9 +82,9 @@ def test_split_of_folders():
 def test_views_see_one_crop():
     """All channels of an image are cut and mirrored alike."""
     x = torch.randint(0, 256, (16, 3, 12, 12), dtype=torch.uint8)
-    out = cmc.augmented(torch.cat([x, x], dim=1), augment.Random(0), 8, 0.2, 0.0)
+    out = cmc.view(torch.cat([x, x], dim=1), augment.Random(0), 8, 0.2, 0.0)
     assert out.shape == (16, 6, 8, 8) and torch.equal(out[:, :3], out[:, 3:])
-    assert not torch.equal(out[:, :3], cmc.augmented(x, augment.Random(1), 8, 0.2, 0.0))
+    assert not torch.equal(out[:, :3], cmc.view(x, augment.Random(1), 8, 0.2, 0.0))
 
 
 @pytest.mark.parametrize("graph, count, pairs", [

@@ -67,7 +67,7 @@ def image_gradients(model, size, patch, stride):
     for turn in range(len(model.contexts)):
         for k in model.ahead:
             predictions, targets = next(pairs)
-            goals = cpc.places(number.rot90(turn, (2, 3))[:, :, k:])[:, 0]
+            goals = cpc.flatten_positions(number.rot90(turn, (2, 3))[:, :, k:])[:, 0]
             assert len(predictions) == len(targets) == len(goals) == (grid - k) * grid
             for prediction, target, goal in zip(predictions, targets, goals):
                 gradients = [torch.autograd.grad(v.sum(), x, retain_graph=True)[0][0].abs().sum(0)
@@ -129,7 +129,7 @@ def test_cut_is_slicing():
 def test_each_patch_is_augmented_alone(augmentation):
     """Equal patches of one image come out different; the crop and the flip are the image's."""
     tile = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8).repeat(1, 1, 2, 2)
-    patches = cpc.patches(tile, augment.Random(0), 16, 1.0, augmentation, 8, 8)[0].flatten(0, 1)
+    patches = cpc.view(tile, augment.Random(0), 16, 1.0, augmentation, 8, 8)[0].flatten(0, 1)
     assert patches.shape == (4, 3, 8, 8) and 0 <= patches.min() and patches.max() <= 1
     assert sum(torch.equal(a, b) for a in patches for b in patches) == 4
 

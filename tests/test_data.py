@@ -19,7 +19,7 @@ from torchvision import datasets
 
 from common import shapes
 from common.cli import Refusal
-from common.data import HOMES, NAMES, ToPixels, epoch_order, load, read_mat, steps_per_epoch
+from common.data import HOMES, NAMES, Batches, epoch_order, load, to_pixels
 
 CPU = torch.device("cpu")
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -298,7 +298,7 @@ def test_a_jpeg_decoded_at_reduced_size_looks_the_same(tmp_path):
 
 def test_to_pixels_takes_images_that_have_no_file():
     pixels = random_pixels(16, 16, 3)
-    assert ToPixels(16)(Image.fromarray(pixels)).equal(to_nchw(pixels[None])[0])
+    assert to_pixels(Image.fromarray(pixels), 16).equal(to_nchw(pixels[None])[0])
 
 
 # ---- folders
@@ -381,9 +381,9 @@ def test_links_to_folders_are_followed(tmp_path):
 @pytest.mark.parametrize("batch_size, world, steps", [(2, 1, 2), (3, 1, 1), (4, 2, 1), (5, 1, None), (3, 2, None)])
 def test_steps_per_epoch(batch_size, world, steps):
     if steps is None:
-        assert f"--batch-size {batch_size} " in refusal(steps_per_epoch, 4, batch_size, world)
+        assert f"--batch-size {batch_size} " in refusal(Batches, range(4), batch_size, 0, 0, world)
     else:
-        assert steps_per_epoch(4, batch_size, world) == steps
+        assert len(Batches(range(4), batch_size, 0, 0, world)) == steps
 
 
 # ---- in memory and streamed
@@ -660,13 +660,33 @@ def stl10(web, patch):
     return 96, names, parts
 
 
+def mat_element(kind, data):
+    """Type, size and data; of at most 4 bytes in the small format."""
+    if len(data) <= 4:
+        return struct.pack("<HH", kind, len(data)) + data.ljust(4, b"\0")
+    return struct.pack("<II", kind, len(data)) + data + bytes(-len(data) % 8)
+
+
+def mat_file(arrays):
+    """A file of MATLAB 5 as SVHN has it: compressed matrices of bytes or floats."""
+    matrices = []
+    for name, array in arrays:
+        kind, of_array = {"u1": (2, 9), "f8": (9, 6)}[array.dtype.str[1:]]
+        matrices.append(mat_element(14, b"".join([
+            mat_element(6, struct.pack("<II", of_array, 0)),
+            mat_element(5, struct.pack(f"<{array.ndim}i", *array.shape)),
+            mat_element(1, name.encode()), mat_element(kind, array.tobytes(order="F"))])))
+    header = b"MATLAB 5.0 MAT-file, by hand".ljust(116) + bytes(8) + struct.pack("<H", 0x0100) + b"IM"
+    return header + b"".join(struct.pack("<II", 15, len(z)) + z for z in map(zlib.compress, matrices))
+
+
 def svhn(web, patch):
     parts, split_list = {}, dict(datasets.SVHN.split_list)
     for seed, (part, split, n) in enumerate([("labelled", "train", 12), ("test", "test", 5)]):
         pixels, digits = random_pixels(n, 3, 32, 32, seed=seed), np.arange(n) % 10
         labels = np.where(digits == 0, 10, digits).astype(np.uint8 if split == "train" else float)
         url, filename, _ = split_list[split]
-        web[url] = mat_file([("X", pixels.transpose(2, 3, 1, 0)), ("y", labels[:, None])], compressed=True)
+        web[url] = mat_file([("X", pixels.transpose(2, 3, 1, 0)), ("y", labels[:, None])])
         split_list[split] = [url, filename, md5(web[url])]
         parts[part] = pixels, digits
     patch(datasets.SVHN, "split_list", split_list)
@@ -739,61 +759,17 @@ def test_every_data_set_that_is_downloaded_has_a_home():
     assert set(HOMES) == set(NAMES) - {"shapes", "patterns", "folder"}
 
 
-# ---- MATLAB 5 files
-
-
-def mat_element(kind, data):
-    """Type, size and data; of at most 4 bytes in the small format."""
-    if len(data) <= 4:
-        return struct.pack("<HH", kind, len(data)) + data.ljust(4, b"\0")
-    return struct.pack("<II", kind, len(data)) + data + bytes(-len(data) % 8)
-
-
-MAT_TYPES = {"i1": (1, 8), "u1": (2, 9), "i2": (3, 10), "u2": (4, 11), "i4": (5, 12), "u4": (6, 13), "f4": (7, 7),
-             "f8": (9, 6)}                                                    # of the elements, of the array
-
-
-def mat_matrix(name, array, stored=None):
-    """stored: the type of the elements, where MATLAB saves space by a smaller one than the array's."""
-    stored = stored or array.dtype.str[1:]
-    return mat_element(14, b"".join([
-        mat_element(6, struct.pack("<II", MAT_TYPES[array.dtype.str[1:]][1], 0)),
-        mat_element(5, struct.pack(f"<{array.ndim}i", *array.shape)),
-        mat_element(1, name.encode()),
-        mat_element(MAT_TYPES[stored][0], array.astype(stored).tobytes(order="F"))]))
-
-
-def mat_file(arrays, compressed, stored=None):
-    matrices = [mat_matrix(name, array, stored) for name, array in arrays]
-    if compressed:
-        matrices = [struct.pack("<II", 15, len(z)) + z for z in map(zlib.compress, matrices)]
-    header = b"MATLAB 5.0 MAT-file, by hand".ljust(116) + bytes(8) + struct.pack("<H", 0x0100) + b"IM"
-    return header + b"".join(matrices)
-
-
-@pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("dtype", ["u1", "f8", "i4", "u2", "f4"])
-def test_read_mat(tmp_path, compressed, dtype):
-    arrays = [
-        ("X", random_pixels(5, 3, 3, 7)),                                     # 315 bytes: padded
-        ("name", random_pixels(3, 1).astype(dtype)),                          # the longest small name; u1: small data
-        ("longer name", random_pixels(2, 3, 2).astype(dtype)),
-        ("y", random_pixels(7, 1).astype(dtype))]
-    path = tmp_path / "a.mat"
-    path.write_bytes(mat_file(arrays, compressed))
-    read = read_mat(path)
-    assert list(read) == [name for name, _ in arrays]
-    for name, array in arrays:
-        assert read[name].dtype == array.dtype and np.array_equal(read[name], array)
-
-
-def test_read_mat_of_doubles_kept_as_bytes(tmp_path):
-    labels = np.array([[10.0], [1.0], [9.0]])
-    (tmp_path / "a.mat").write_bytes(mat_file([("y", labels)], True, stored="u1"))
-    assert np.array_equal(read_mat(tmp_path / "a.mat")["y"], labels)
-
-
 @pytest.mark.parametrize("size, start", [(12, "bce146f09035108e"), (32, "1765f27eeeba15e4")])
 def test_shapes_are_the_same_bytes_on_every_machine(size, start):
     pixels, labels = shapes.draw(200, size, 0)
     assert hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest().startswith(start)
+
+
+def test_batches_go_on_at_any_step(tmp_path):
+    """From a step on an epoch is what it would have been: which images, and their pixels."""
+    mixed_folder(tmp_path)
+    batches = Batches(load_folder(tmp_path).train, 4, seed=3)
+    whole, rest = list(batches.epoch(2)), list(batches.epoch(2, 3))
+    assert [step for step, _, _ in whole] == [0, 1, 2, 3, 4] and [step for step, _, _ in rest] == [3, 4]
+    for (_, index, x), (_, index_2, x_2) in zip(whole[3:], rest):
+        assert index.equal(index_2) and x.equal(x_2) and x.equal(everything(batches.images)[index])

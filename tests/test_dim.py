@@ -178,7 +178,7 @@ def test_the_adversary_descends_where_the_encoder_ascends():
 def test_encoder_has_the_sizes_it_says(arch, stem, size):
     encoder = dim.Encoder(arch, stem, 4, size)
     out = encoder.layers(torch.rand(2, 3, size, size))
-    assert out["local"].flatten(2).shape == (2, encoder.local_dim, encoder.places)
+    assert out["local"].flatten(2).shape == (2, encoder.local_dim, encoder.positions)
     assert out["conv"].shape == (2, encoder.conv_dim) and out["fc"].shape == (2, 64) and out["Y"].shape == (2, 64)
 
 
@@ -244,12 +244,12 @@ def test_multiscale_loss_is_its_six_tasks():
 def test_views():
     """One view is the image; two differ but in their flip."""
     x = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
-    assert torch.equal(dim.augmented(x, augment.Random(0), 16, 1), x / 255)
+    assert torch.equal(dim.random_views(x, augment.Random(0), 16, 1), x / 255)
     ramp = torch.arange(0, 256, 16, dtype=torch.uint8).expand(64, 3, 16, 16)
-    one, other = dim.augmented(ramp, augment.Random(0), 16, 2).chunk(2)
+    one, other = dim.random_views(ramp, augment.Random(0), 16, 2).chunk(2)
     rising = [(v.mean(dim=(1, 2)).diff(dim=1).sum(dim=1) > 0) for v in (one, other)]
     assert torch.equal(*rising) and 10 < rising[0].sum() < 54 and not torch.equal(one, other)
-    assert dim.augmented(torch.zeros(2, 3, 100, 80, dtype=torch.uint8), augment.Random(0), 128, 2).shape == (
+    assert dim.random_views(torch.zeros(2, 3, 100, 80, dtype=torch.uint8), augment.Random(0), 128, 2).shape == (
         4, 3, 128, 128)
 
 

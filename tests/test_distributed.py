@@ -37,7 +37,7 @@ for script, argv in json.loads(sys.argv[2]):
 
 import torch
 from common import distributed
-rank, world = distributed.place()
+rank, world = distributed.rank_and_world()
 x = torch.arange(12.0).view(2, 3, 2) + 12 * rank
 x.requires_grad_()
 weights = torch.arange(24.0).view(4, 2, 3) ** 2

@@ -11,10 +11,13 @@ import torchvision
 from PIL import Image
 
 import gcrl
-from common import encoders, evaluate, linear_probe, ood, resnet
+from common import cli, resnet
 from common.cli import Refusal
-from common.data import Images
-from common.finetune import balanced, finetune, freeze
+from common.data import Images, load
+from common.evaluation import __main__ as evaluate
+from common.evaluation import out_of_distribution as ood
+from common.evaluation import runs
+from common.evaluation.few_labels import balanced, finetune, freeze
 
 CPU = torch.device("cpu")
 OFF = torch.autocast("cpu", enabled=False)
@@ -140,7 +143,7 @@ def test_finetuning_learns():
 
 def test_stages_hold_every_weight(finished, script):
     """The stages of each script's encoder are a partition of its weights (DIM's Y, which is not probed, left out)."""
-    args, module = encoders.load(finished(script).folder, CPU)
+    args, module = runs.load_encoder(finished(script).folder, CPU)
     parts = [p for stage in module.stages() for part in stage
              for p in ([part] if torch.is_tensor(part) else part.parameters())]
     assert len({id(p) for p in parts}) == len(parts)
@@ -220,13 +223,13 @@ def test_gcrl_by_depth(finished, here):
 def test_likelihood_is_the_runs(finished):
     """Of test images, its mean is result.json's nats."""
     run = finished("gcrl")
-    log_prob, seen = evaluate.gcrl_likelihood(run.folder, CPU, OFF)
-    args = encoders.settings(run.folder)[1]
-    data = evaluate.load("folder", args.data_dir, args.image_size, CPU, 0, 1.0)
-    nats = -linear_probe.features(log_prob, data.test).mean().item() / (args.image_size**2 - 1)
-    assert nats == pytest.approx(run.metrics["nats"], rel=1e-4)
-    x = seen(data.test.at(torch.arange(10)))
-    assert x.dtype == torch.uint8 and len(x.permute(0, 2, 3, 1).reshape(-1, 3).unique(dim=0)) <= args.colours
+    model, settings = runs.load_generator(run.folder, CPU), cli.read_settings(run.folder)[1]
+    images = load("folder", settings["data_dir"], settings["image_size"], CPU, 0, 1.0)
+    nats, bits = ood.likelihoods(model, images.test, OFF)
+    assert nats.mean().item() / (settings["image_size"]**2 - 1) == pytest.approx(run.metrics["nats"], rel=1e-4)
+    x = (255 * model.images(model.tokens(images.test.at(torch.arange(10))))).round().byte()
+    assert len(x.permute(0, 2, 3, 1).reshape(-1, 3).unique(dim=0)) <= settings["colours"]
+    assert torch.equal(bits, ood.complexity(x))
 
 
 def test_autocast_leaves_the_tokens():

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import frechet
 from common.cli import Refusal
 from common.data import Data, Images
+from common.evaluation import generation as frechet
 
 CPU = torch.device("cpu")
 
@@ -97,18 +97,18 @@ def judge(x):
 def test_beside_floor():
     """Of as many images each: others of the same kind are at the floor, darker ones and a coarse palette far above."""
     test, samples = images(400), images(100, seed=1).pixels / 255
-    alike = frechet.beside_floor((Judge, judge), samples, test, lambda x: x / 255, CPU)
+    alike = frechet.frechet_distances((Judge, judge), samples, test, lambda x: x / 255, CPU)
     assert alike["images"] == 100 and alike["seen"] == alike["test"] > 0
     assert alike["samples"] < 5 * alike["test"]
-    bad = frechet.beside_floor((Judge, judge), samples / 2, test, lambda x: (x / 255).round() / 2, CPU)
+    bad = frechet.frechet_distances((Judge, judge), samples / 2, test, lambda x: (x / 255).round() / 2, CPU)
     assert bad["samples"] > 100 * bad["test"] and bad["seen"] > 100 * bad["test"] == 100 * alike["test"]
-    assert frechet.beside_floor((Judge, judge), samples, images(50), lambda x: x / 255, CPU)["images"] == 25
+    assert frechet.frechet_distances((Judge, judge), samples, images(50), lambda x: x / 255, CPU)["images"] == 25
 
 
 @pytest.mark.parametrize("n, test", [(1, images(8)), (8, images(3)), (8, None)], ids=["samples", "test", "no test"])
 def test_too_few(n, test):
     with pytest.raises(Refusal, match="--frechet needs"):
-        frechet.beside_floor((Judge, judge), torch.rand(n, 3, 8, 8), test, lambda x: x / 255, CPU)
+        frechet.frechet_distances((Judge, judge), torch.rand(n, 3, 8, 8), test, lambda x: x / 255, CPU)
 
 
 def test_nearest():

@@ -174,7 +174,7 @@ def test_default_micro_batch(flags, device, micro_batch, monkeypatch):
     class Seen(Exception):
         pass
 
-    def run(method, settings, *_):
+    def run(script, settings, *_, **__):
         raise Seen(settings["micro_batch"])
     monkeypatch.setattr(gcrl, "Run", run)
     monkeypatch.setattr(gcrl.cli, "pick_device", lambda name: torch.device(device))

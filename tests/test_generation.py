@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 import gcrl
-from common import cli, drawing, encoders, resnet
+from common import cli, resnet
 from common.cli import Refusal
-from common.data import ToPixels
+from common.data import to_pixels
+from common.evaluation import generation
 
 NAME = "-T1.0-kall-seed0"
 
@@ -96,7 +97,7 @@ def test_completions(run, photographs):
     palette = torch.load(run / "checkpoint.pt", weights_only=True)["model"]["palette"]
     for path, row in zip(photographs, rows):
         with Image.open(path) as image:
-            given = ToPixels(8)(image)
+            given = to_pixels(image, 8)
         assert np.array_equal(row[0], given.permute(1, 2, 0))
         seen = gcrl.dequantise(gcrl.quantise(given[None], palette), palette)[0].permute(1, 2, 0)
         assert np.abs(row[1:, :4] / 255 - seen[:4].numpy()).max() <= 0.5 / 255 + 1e-6
@@ -144,15 +145,15 @@ def test_samples_need_no_data(run, photographs):
 
 def test_the_seed_is_not_the_data_sets(run, monkeypatch):
     """--seed draws other samples, beside the training images of the run's own seed."""
-    seeds, load = [], drawing.load
-    monkeypatch.setattr(drawing, "load", lambda *args: seeds.append(args[-1]) or load(*args))
+    seeds, load = [], generation.load
+    monkeypatch.setattr(generation, "load", lambda *args: seeds.append(args[-1]) or load(*args))
     gcrl.main(["--sample", run, "--samples", 2, "--seed", 9])
     assert seeds == [0]
 
 
 def test_nothing_of_it_in_a_training_run(finished):
-    settings = vars(encoders.settings(finished("gcrl").folder)[1])
-    assert not {"sample", *drawing.DEFAULTS} & settings.keys()
+    settings = cli.read_settings(finished("gcrl").folder)[1]
+    assert not {"sample", "temperature", "top_k", "samples", "complete", "frechet"} & settings.keys()
 
 
 # ---- refusals
@@ -172,7 +173,7 @@ def refused(argv, monkeypatch, capsys):
                                    "--frechet run"])
 def test_drawing_needs_a_run(flags, here, monkeypatch, capsys):
     said = refused(flags.split(), monkeypatch, capsys)
-    assert flags.split()[0] in said and "--sample" in said and not list(here.iterdir())
+    assert flags.split()[0] in said and "--help" in said and not list(here.iterdir())
 
 
 @pytest.mark.parametrize("flags", ["--temperature 0", "--temperature -1", "--temperature nan", "--top-k 0",

@@ -250,6 +250,17 @@ def test_knn_of_more_than_one_batch():
 # ---- features
 
 
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 class Encoder(nn.Module):
     """Uses what differs between the modes: batch norm and dropout. Keeps the modes it was called in."""
 
@@ -280,7 +291,7 @@ def test_features(encoder, training):
     expected = encoder(images.pixels / 255).detach()
     encoder.train(training).modes.clear()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    x = linear_probe.features(lambda batch: encoder(batch / 255), images, encoder, batch_size=10)
+    x = linear_probe.features(encoder, images, batch_size=10)
     assert encoder.modes == [[False] * 4] * 3
     assert [module.training for module in encoder.modules()] == [training] * 4
     assert encoder.state_dict().keys() == before.keys()
@@ -293,8 +304,9 @@ def test_features(encoder, training):
 def test_features_puts_the_mode_back_when_encoding_fails(encoder):
     """An error on the way does not leave a training module in eval mode."""
     encoder.train()
+    encoder.bn.forward = lambda x: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        linear_probe.features(lambda batch: 1 / 0, random_images(5, 6), encoder)
+        linear_probe.features(encoder, random_images(5, 6))
     assert [module.training for module in encoder.modules()] == [True] * 4
 
 
@@ -302,15 +314,18 @@ def test_features_puts_the_mode_of_every_part_back(encoder):
     """A part that is kept in eval mode while the rest trains, such as a frozen batch norm, is still in eval after."""
     encoder.train()
     encoder.bn.eval()
-    linear_probe.features(lambda batch: encoder(batch / 255), random_images(5, 6), encoder)
+    linear_probe.features(encoder, random_images(5, 6))
     assert encoder.dropout.training and not encoder.bn.training
 
 
-def test_features_without_a_module():
-    """encode alone will do; half precision comes back as float32."""
+def test_features_in_half_precision():
+    """They come back as float32."""
     images = random_images(7, 4)
-    x = linear_probe.features(lambda batch: batch.flatten(1).bfloat16(), images, batch_size=3)
-    assert x.dtype == torch.float32 and torch.equal(x, images.pixels.flatten(1).bfloat16().float())
+    x = linear_probe.features(Function(lambda x: x.flatten(1).bfloat16()), images, batch_size=3)
+    assert x.dtype == torch.float32 and torch.equal(x, (images.pixels / 255).flatten(1).bfloat16().float())
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    half = linear_probe.features(linear, images, torch.autocast("cpu", torch.bfloat16))
+    assert torch.equal(half, half.bfloat16().float()) and not torch.equal(half, linear_probe.features(linear, images))
 
 
 # ---- whitened pixels
@@ -325,11 +340,16 @@ def correlated_images(n, size, seed):
     return Images(pixels, None, CPU, workers=0, in_memory=True)
 
 
+def whitened_pixels(train, test, **kwargs):
+    module = linear_probe.WhitenedPixels(train, **kwargs)
+    return linear_probe.features(module, train), linear_probe.features(module, test)
+
+
 @pytest.mark.parametrize("size", [4, 10])
 def test_whitened_pixels_are_white(size):
     """On the training images the features have mean 0 and covariance 1, as many as there are pixels or were asked."""
     train, test = correlated_images(700, size, seed=0), correlated_images(60, size, seed=1)
-    x, z = linear_probe.whitened_pixels(train, test)
+    x, z = whitened_pixels(train, test)
     dim = min(256, 3 * size**2)
     assert x.shape == (700, dim) and z.shape == (60, dim)
     assert x.mean(dim=0).abs().max() < 1e-3
@@ -339,7 +359,7 @@ def test_whitened_pixels_are_white(size):
 def test_whitened_pixels_are_the_first_principal_components():
     """Up to signs they are what an SVD in float64 gives; the test images get the training images' mean and axes."""
     train, test = correlated_images(400, 4, seed=0), correlated_images(30, 4, seed=1)
-    x, z = linear_probe.whitened_pixels(train, test, components=5)
+    x, z = whitened_pixels(train, test, components=5)
     pixels, others = (images.pixels.flatten(1).double().numpy() / 255 for images in (train, test))
     _, s, axes = np.linalg.svd(pixels - pixels.mean(axis=0), full_matrices=False)
     assert s[4] / s[5] > 1.001                                                # else the five are not determined
@@ -356,14 +376,14 @@ def test_whitened_pixels_of_large_images(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", without_axes)
     for size in (32, 45, 64):
         images = random_images(20, size)
-        x, _ = linear_probe.whitened_pixels(images, images, components=3 * 32**2)
+        x, _ = whitened_pixels(images, images, components=3 * 32**2)
         pixels = TF.resize(images.pixels / 255, [32, 32], antialias=True).flatten(1)
         torch.testing.assert_close(x, pixels - pixels.mean(dim=0), rtol=0, atol=1e-5)
 
 
 def test_whitened_pixels_of_fewer_images_than_components():
     """Test images are on the training images' scale even where these are too few to vary along every axis."""
-    x, z = linear_probe.whitened_pixels(random_images(60, 16), random_images(60, 16, seed=1))
+    x, z = whitened_pixels(random_images(60, 16), random_images(60, 16, seed=1))
     assert z.std(dim=0).max() < 10 * x.std(dim=0).max()
 
 
@@ -377,11 +397,10 @@ def test_evaluate():
     for images in (train, test):
         images.pixels[:, 0, 0, 0] = 60 * images.labels.byte()
 
-    def leak(batch):
-        return torch.eye(4)[(batch[:, 0, 0, 0] // 60).long()]
-    results, x = linear_probe.evaluate(
-        Data(train, train, test, tuple("abcd")), {"untrained": (lambda b: b[:, 1].flatten(1), None),
-                                                  "trained": (leak, None)})
+    def leak(x):
+        return torch.eye(4)[(255 * x[:, 0, 0, 0] / 60).round().long()]
+    results, x = linear_probe.evaluate(Data(train, train, test, tuple("abcd")), {
+        "untrained": Function(lambda x: x[:, 1].flatten(1)), "trained": Function(leak)})
     assert results["linear"]["trained"] == results["knn"]["trained"] == 1
     assert abs(results["linear"]["untrained"] - 0.25) < 0.08 and abs(results["knn"]["untrained"] - 0.25) < 0.08
     noise = (x["untrained"][0], labels[0], x["untrained"][1], labels[1])

@@ -15,7 +15,7 @@ def unit(*shape):
 
 def new_model(dictionary="queue", entries=6, groups=1, **kwargs):
     torch.manual_seed(0)
-    encoder = moco.Encoder("resnet18", "cifar", 4, "linear", groups, dim=5)
+    encoder = moco.EncoderWithHead("resnet18", "cifar", 4, "linear", groups, dim=5)
     return moco.MoCo(encoder, dictionary, entries, dim=5, **kwargs)
 
 
@@ -114,7 +114,8 @@ def test_forward_is_the_mechanism(dictionary):
     x1, x2, index = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), torch.tensor([3, 0, 5, 2])
     drawn, order = torch.tensor([0, 1, 3, 4]), torch.tensor([2, 0, 3, 1])
     x2.requires_grad_()
-    loss, h, q, k = model(x1, x2, 0.2, False, index, drawn, order)
+    draws = dict(index=index, drawn=drawn) if dictionary == "memory-bank" else dict(order=order)
+    loss, h, q, k = model(x1, x2, 0.2, **draws)
     if dictionary == "queue":
         expected = moco.info_nce(q, model.key(x2)[1], model.queue, 0.2)
     elif dictionary == "memory-bank":
@@ -137,9 +138,9 @@ def test_forward_is_the_mechanism(dictionary):
 def test_symmetric_is_the_mean_of_both_ways(dictionary):
     """And the queue takes in both views' keys afterwards: no query meets its own key among the negatives."""
     model = new_model(dictionary, entries=8)
-    x1, x2, rest = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), (None, None, torch.arange(4))
-    one, other = (model(*x, 0.2, False, *rest)[0] for x in ((x1, x2), (x2, x1)))
-    loss, _, q, k = model(x1, x2, 0.2, True, *rest)
+    x1, x2, order = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), torch.arange(4)
+    one, other = (model(*x, 0.2, order=order)[0] for x in ((x1, x2), (x2, x1)))
+    loss, _, q, k = model(x1, x2, 0.2, symmetric=True, order=order)
     assert loss.item() == pytest.approx((one.item() + other.item()) / 2, rel=1e-4) and k.shape == (8, 5)
     if dictionary == "queue":
         model.remember(q, k)
@@ -213,5 +214,5 @@ def test_views(version):
 
 def test_steps_of_the_rate():
     """v1: a tenth at epoch 120 and again at 160 of 200."""
-    factors = [moco.tenths(epoch, 200) for epoch in (0, 119, 120, 159, 160, 199)]
+    factors = [moco.step_decay(epoch, 200) for epoch in (0, 119, 120, 159, 160, 199)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])

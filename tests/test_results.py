@@ -32,7 +32,7 @@ def in_process(monkeypatch):
 
     def run(words, log):
         done.append(words)
-        module = "common.evaluate" if words[0] == "-m" else words[0].removesuffix(".py")
+        module = "common.evaluation.__main__" if words[0] == "-m" else words[0].removesuffix(".py")
         importlib.import_module(module).main(words[2:] if words[0] == "-m" else words[1:])
     monkeypatch.setattr(results, "run", run)
     monkeypatch.setattr(results, "ThreadPoolExecutor", lambda jobs: contextlib.nullcontext(SimpleNamespace(map=map)))
@@ -58,7 +58,7 @@ def test_measures_once_and_goes_on(in_process, images, tmp_path, capsys):
     gcrl.main(["--sample", tmp_path / "gcrl-hybrid-0", "--samples", 2])       # its distances are not the table's
     results.main(list(map(str, flags)))
     assert [words[:2] for words in in_process[5:]] == [
-        ["simclr.py", "--resume"], ["-m", "common.linear_probe"]]
+        ["simclr.py", "--resume"], ["-m", "common.evaluation"]]
     again = (tmp_path / "table.md").read_text()
     assert [line for line in again.splitlines() if "GCRL" in line or "AUROC" in line] == [
         line for line in table.splitlines() if "GCRL" in line or "AUROC" in line]

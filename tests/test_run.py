@@ -15,17 +15,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import gcrl
 import simclr
 from common import cli
 from common.cli import Refusal
-from common.run import Progress, Run, clock, cosine, spread
+from common.evaluation import __main__ as evaluate
+from common.progress import Progress, clock, feature_std
+from common.run import Run, cosine
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
 def a_run(out="run", method="simclr", seed=0, rank=0):
-    return Run(method, {"resume": None, "out": out, "dataset": "shapes", "seed": seed}, CPU, rank)
+    return Run(f"{method}.py", {"resume": None, "out": out, "dataset": "shapes", "seed": seed}, CPU, rank)
 
 
 def new_run(*args, **kwargs):
@@ -101,10 +104,11 @@ def test_nothing_is_made_before_training(script, here, tiny, monkeypatch):
         raise KeyboardInterrupt
 
     more = {"cmc": ("--dictionary", "memory-bank")}.get(script.__name__, ())
-    names = ["load", "cosine", {"gcrl": "fit_palette", "cmc": "begin"}.get(script.__name__, "Progress")]
-    for name in names:
+    places = [(script.Run, "data"), (script, "cosine"), (script.Run, "progress")]
+    places += [(script, name) for name in ("fit_palette", "initialise") if hasattr(script, name)]
+    for place, name in places:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(script, name, interrupted)
+            patch.setattr(place, name, interrupted)
             script.main(tiny(script, *more))
         assert not list(here.iterdir()) or not list((here / "runs").iterdir())
 
@@ -116,7 +120,7 @@ def test_what_is_saved_stays(here):
         1 / 0
     assert {p.name for p in Path("run").iterdir()} == {"args.json", "checkpoint.pt"}
     Path("run/checkpoint.pt").unlink()
-    with pytest.raises(ZeroDivisionError), Run("simclr", {"resume": "run"}, CPU):
+    with pytest.raises(ZeroDivisionError), Run("simclr.py", {"resume": "run", "out": None}, CPU):
         1 / 0
     assert Path("run/args.json").exists()
 
@@ -180,6 +184,26 @@ def test_malicious_checkpoint(here, finished, save):
     with pytest.raises(Refusal, match="checkpoint.pt"):
         simclr.main(["--resume", "run"])
     assert not Path("owned").exists()
+
+
+@pytest.mark.parametrize("method", ["runs.gift.payload", "gift/payload", "../gift", "payload.py", "", "a b", 3, None,
+                                    ["simclr"], "payload", "sys", "conftest"])
+def test_a_strangers_run_runs_nothing(here, finished, method, monkeypatch):
+    """A folder that somebody sends, with code in it and a method that names it, is refused and its code is not run."""
+    run = shutil.copytree(finished(simclr).folder, here / "runs" / "gift")
+    (here / "runs" / "__init__.py").touch()
+    for place in (run / "payload.py", run / "__init__.py", here / "payload.py", here / "gift.py"):
+        place.write_text("import os; os.mkdir('owned')")
+    told = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps({**told, "method": method}))
+    monkeypatch.syspath_prepend(here)
+    for read in (lambda: evaluate.main([run, "--device", "cpu"]), lambda: simclr.main(["--resume", run]),
+                 lambda: gcrl.main(["--sample", run]), lambda: gcrl.main(["--sample", finished("gcrl").folder,
+                                                                         "--frechet", run])):
+        with pytest.raises(Refusal, match="gift") as refusal:
+            read()
+        assert "\n" not in str(refusal.value)
+    assert not Path("owned").exists() and "payload" not in sys.modules
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '"run"'])
@@ -270,12 +294,15 @@ def test_handlers_are_put_back(here):
 # ---- progress
 
 
+SOME, ONE = torch.eye(2), torch.ones(2, 2)  # features that differ, and those of a collapse
+
+
 def progress():
     logged = []
     run = SimpleNamespace(rank=0, folder="run", saved=lambda: True, log=lambda **entry: logged.append(entry),
-                          since=time.perf_counter(), device=CPU,
-                          settings={"small": False, "dataset": "cifar10", "compile": False})
-    return Progress(run, 3, 4, 10, {"loss": ("loss", "chance 1.0"), "spread": ("spread", "")}), logged
+                          since=time.perf_counter(), device=CPU, say=print, stop_requested=lambda: False,
+                          save=lambda *_: None, settings={"small": False, "dataset": "cifar10", "compile": False})
+    return Progress(run, 3, 4, 10, {"loss": "chance 1.0"}), logged
 
 
 def ticking(monkeypatch, first, seconds, steps, settings=None, **kwargs):
@@ -284,10 +311,10 @@ def ticking(monkeypatch, first, seconds, steps, settings=None, **kwargs):
     show.steps, show.images, show.run.since = 10**6, 10**7, 0.0
     show.run.settings.update(settings or {})
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(show, "line", lambda text, end="": lines.append((clock[0], text)))
+    show.run.say = lambda text: lines.append((clock[0], text))
     for step in range(steps):
         clock[0] += seconds if step else first
-        show.update(0, step, [torch.tensor(1.0), torch.tensor(0.5)])
+        show.update(0, step, SOME, loss=torch.tensor(1.0))
     return lines
 
 
@@ -325,9 +352,10 @@ def test_means(capsys):
     show, logged = progress()
     for epoch in range(2):
         for step in range(4):
-            show.update(epoch, step, [torch.tensor(10.0 * epoch + step), torch.tensor(0.5)])
+            show.update(epoch, step, SOME, loss=torch.tensor(10.0 * epoch + step))
         show.end_epoch(epoch, lr=0.1)
-    assert [(e["epoch"], e["loss"], e["spread"], e["lr"]) for e in logged] == [(1, 1.5, 0.5, 0.1), (2, 11.5, 0.5, 0.1)]
+    assert [(e["epoch"], e["loss"], e["lr"]) for e in logged] == [(1, 1.5, 0.1), (2, 11.5, 0.1)]
+    assert [e["feature_std"] for e in logged] == pytest.approx([0.5**0.5] * 2)
     assert [line.split("  ")[:2] for line in capsys.readouterr().out.splitlines()] == [
         ["epoch 1/3", "loss 1.500 (chance 1.0)"], ["epoch 2/3", "loss 11.500 (chance 1.0)"]]
 
@@ -335,7 +363,7 @@ def test_means(capsys):
 def test_collapse_is_said(capsys):
     show, _ = progress()
     for step in range(4):
-        show.update(0, step, [torch.tensor(1.0), torch.tensor(0.001)])
+        show.update(0, step, ONE, loss=torch.tensor(1.0))
     show.end_epoch(0)
     assert "COLLAPSED" in capsys.readouterr().out
 
@@ -347,7 +375,7 @@ def test_not_finite_names_the_step(bad, value):
     show, _ = progress()
     with pytest.raises(Refusal, match=f"step {bad + 1} of epoch 2"):
         for step in range(4):                                                 # read after the first and the last step
-            show.update(1, step, [torch.tensor(value if step >= bad else 0.0), torch.tensor(0.5)])
+            show.update(1, step, SOME, loss=torch.tensor(value if step >= bad else 0.0))
     with pytest.raises(Refusal):
         show.state_dict()
 
@@ -365,26 +393,28 @@ def test_cosine():
     assert cosine(0, 10, 0) == 1 and cosine(0, 1, 0.05) > 0 and 0 <= cosine(9, 10, 1.0) <= 1
 
 
-def test_spread():
+def test_feature_std():
     """0 for one direction at any length, near 1 for opposite ones, finite at zero."""
-    assert spread(torch.arange(1, 9)[:, None] * torch.ones(8, 4)).item() == pytest.approx(0, abs=1e-3)
-    assert spread(torch.cat([torch.eye(4), -torch.eye(4)])).item() == pytest.approx(1)
-    assert torch.isfinite(spread(torch.zeros(3, 4)))
+    assert feature_std(torch.arange(1, 9)[:, None] * torch.ones(8, 4)).item() == pytest.approx(0, abs=1e-3)
+    assert feature_std(torch.cat([torch.eye(4), -torch.eye(4)])).item() == pytest.approx(1)
+    assert torch.isfinite(feature_std(torch.zeros(3, 4)))
 
 
 # ---- cli
 
 
 @pytest.mark.parametrize("parse, good, bad", [
-    (cli.count, "1 200", "0 -1 1.5 x nan"), (cli.count_or_zero, "0 7", "-1 0.5"),
-    (cli.positive, "1e-9 3", "0 -0.1 nan inf x"), (cli.nonnegative, "0 0.0 2", "-1e-9 nan inf"),
-    (cli.number(float, 0, high=1), "0.1 1", "0 1.01 nan"), (cli.number(int, 2, True, 4), "2 4", "1 5"),
+    (cli.in_interval("[1, inf)", int), "1 200", "0 -1 1.5 x nan"), (cli.in_interval("[0, inf)", int), "0 7", "-1 0.5"),
+    (cli.in_interval("(0, inf)", float), "1e-9 3", "0 -0.1 nan inf x"),
+    (cli.in_interval("[0, inf)", float), "0 0.0 2", "-1e-9 nan inf"),
+    (cli.in_interval("(0, 1]", float), "0.1 1", "0 1.01 nan"), (cli.in_interval("[2, 4]", int), "2 4", "1 5"),
+    (cli.in_interval("[0, 1)", float), "0 0.9", "1 -0.1"),
 ])
-def test_number(parse, good, bad):
+def test_intervals(parse, good, bad):
     for text in good.split():
         assert parse(text) == float(text)
     for text in bad.split():
-        with pytest.raises(argparse.ArgumentTypeError, match="at least|above|finite"):
+        with pytest.raises(argparse.ArgumentTypeError, match="number in "):
             parse(text)
 
 

@@ -1,5 +1,4 @@
 """The scripts from the command line: what a run leaves behind, and that it can be repeated and resumed."""
-import argparse
 import json
 import math
 import re
@@ -63,8 +62,8 @@ def test_log(script, finished):
     """One line an epoch with every metric and the rate, finite; the same epochs on the terminal."""
     run = finished(script)
     log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    metrics = {"gcrl": {"nats", "contrastive", "spread"}, "dim": {"local", "prior", "spread"}}.get(
-        script.__name__, {"loss", "spread"})
+    metrics = {"feature_std"} | {"gcrl": {"nats", "contrastive"}, "dim": {"local", "prior"}}.get(
+        script.__name__, {"loss"})
     assert [entry["epoch"] for entry in log] == [1, 2]
     for entry in log:
         assert entry.keys() == metrics | {"epoch", "lr", "seconds"}
@@ -86,7 +85,7 @@ def test_encoder_is_the_checkpoints(script, finished):
     encoder = torch.load(folder / "encoder.pt", weights_only=True)
     model = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
     if script is not gcrl:
-        prefix = {"moco": "query.backbone."}.get(script.__name__, "encoder.")
+        prefix = {"moco": "query.encoder."}.get(script.__name__, "encoder.")
         model = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
         assert encoder.keys() == model.keys()
     else:
@@ -115,7 +114,7 @@ def test_training_moves_every_weight(script, finished):
     run = finished(script)
     torch.manual_seed(0)
     model = {"simclr": lambda: simclr.SimCLR(resnet.resnet18("cifar", 4)), "gcrl": lambda: gcrl.GCRL(4, 8, 8, 1, 1, 2),
-             "moco": lambda: moco.MoCo(moco.Encoder("resnet18", "cifar", 4, "mlp", 2), "queue", 12),
+             "moco": lambda: moco.MoCo(moco.EncoderWithHead("resnet18", "cifar", 4, "mlp", 2), "queue", 12),
              "cmc": lambda: cmc.CMC(cmc.Encoder("lab", "resnet18", "cifar", 4), 40),
              "cpc": lambda: cpc.CPC(cpc.Encoder("resnet18", "cifar", 4, "layer", 4, 2), 4, [2], 8),
              "dim": lambda: dim.DIM(dim.Encoder("conv", "cifar", 4, 8), 1, 0, 1, 0.1, "jsd", "dot", 8),
@@ -295,15 +294,16 @@ def test_help(script, here, monkeypatch, capsys):
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     parsers = []
-    monkeypatch.setattr(cli.Parser, "parse_args", lambda self, argv: parsers.append(self) or sys.exit())
+    monkeypatch.setattr(cli.Parser, "print_help", lambda self: parsers.append(self))
     with pytest.raises(SystemExit):
-        script.main([])
+        script.main(["--help"])
     rest = text[text.index("options:"):]
-    for action in reversed(parsers[0]._actions):                              # cut off the last flag's entry each time
+    shared = parsers[0]._action_groups[-1]._group_actions                     # shown after the script's own
+    for action in reversed([*(a for a in parsers[0]._actions if a not in shared), *shared]):  # cut off the last entry
         assert action.help and len(action.help) > 8
         rest, found, entry = rest.rpartition(f" {action.option_strings[0]}")
         assert found
-        if action.default not in (None, argparse.SUPPRESS):
+        if action.default is not None and action.default is not False:
             assert f"(default: {action.default})" in entry, action.dest
 
 
@@ -362,6 +362,87 @@ def test_script_and_common_alone(script, alone):
     assert (folder / run / "result.json").exists() and run in (folder / "stdout").read_text()
 
 
+# ---- copies
+
+
+@pytest.fixture
+def copy_of(here):
+    """copy_of(script, name, place): the script as name.py beside a copy of common/ in the folder `place`."""
+    def make(script, name, place="project"):
+        shutil.copytree(ROOT / "common", here / place / "common", ignore=shutil.ignore_patterns("__pycache__"),
+                        dirs_exist_ok=True)
+        return shutil.copy(ROOT / f"{script.__name__}.py", here / place / f"{name}.py")
+    return make
+
+
+def good(name, argv, cwd):
+    done = command(name, list(map(str, argv)), cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_changed_copy_is_trained_resumed_and_judged_as_itself(copy_of, either, tiny, here):
+    """cp simclr.py mine.py, a width of one's own in the encoder: runs, settings, and judgement are mine's."""
+    path = Path(copy_of(either, "mine"))
+    text = path.read_text()
+    for old, new in (("args.width)", "2 * args.width)"), ("args.width, args.encoder_layers, args.decoder_layers, "
+                                                         "args.heads)", "2 * args.width, 1, 1, args.heads)")):
+        text = text.replace(old, new)
+    path.write_text(text)
+    assert "mine: dataset folder" in good("mine.py", tiny(either, "--epochs", 1, "--workers", 0), here / "project")
+    run = here / "project" / "runs" / "mine-folder-0"
+    assert json.loads((run / "args.json").read_text())["method"] == "mine"
+    assert "mine" in good("mine.py", ["--resume", run], here / "project")
+    out = good("-m", ["common.evaluation", run, "--device", "cpu", "--amp", "off"], here / "project")
+    stored, told = (json.loads((run / name).read_text()) for name in ("result.json", "evaluation.json"))
+    assert told["folder"]["linear"] == stored["linear"] and re.search(r"^mine  ", out, re.M)
+    copy_of(either, either.__name__)
+    refused = command(f"{either.__name__}.py", ["--resume", str(run)], here / "project")
+    assert refused.returncode == 2 and "is a run of mine.py" in refused.stderr
+
+
+def test_training_without_the_evaluation_folder(copy_of, tiny, here):
+    """Deleting common/evaluation/ takes nothing from training."""
+    copy_of(gcrl, "gcrl")
+    shutil.rmtree(here / "project" / "common" / "evaluation")
+    good("gcrl.py", tiny(gcrl, "--epochs", 1, "--out", "run"), here / "project")
+
+
+def test_in_somebodys_package(copy_of, tiny, here):
+    """`common` is another thing there: two lines of the script name the package's own, and it trains and is judged."""
+    path = Path(copy_of(simclr, "pretrain", "project/pkg"))
+    (here / "project" / "pkg" / "__init__.py").touch()
+    (here / "project" / "common.py").write_text("raise ImportError('another thing')")
+    text = path.read_text()
+    text, edits = re.subn(r"^from common", "from .common", text, flags=re.M)
+    assert edits == 2
+    path.write_text(text)
+    good("-m", ["pkg.pretrain", *tiny(simclr, "--epochs", 1, "--out", "run")], here / "project")
+    good("-m", ["pkg.common.evaluation", "run", "--device", "cpu", "--amp", "off"], here / "project")
+    assert json.loads((here / "project" / "run" / "evaluation.json").read_text())["folder"]["linear"]
+
+
+def test_simclrs_parts_need_two_files(here):
+    """View, encoder, loss and optimiser, with augment.py and resnet.py alone beside them."""
+    (here / "common").mkdir()
+    for name in ("augment.py", "resnet.py"):
+        shutil.copy(ROOT / "common" / name, here / "common" / name)
+    text = (ROOT / "simclr.py").read_text()
+    text = text[: text.index("# ---- arguments")]
+    text = re.sub(r"^from common import .*\nfrom common.run .*", "from common import augment, resnet", text, flags=re.M)
+    (here / "mine.py").write_text(text + """
+rng = augment.Random(0)
+x = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+model = SimCLR(resnet.resnet18("cifar", 4))
+optimizer = LARS(parameter_groups(model, 1e-4), 0.1)
+h, z = model(torch.cat([view(x, rng, 16, 0.2, 0.5, 0.5) for _ in range(2)]))
+nt_xent(*z.chunk(2), 0.5).backward()
+optimizer.step()
+print(h.shape)
+""")
+    assert "[16, 32]" in good("mine.py", [], here)
+
+
 # ---- gcrl's two losses
 
 
@@ -375,7 +456,7 @@ def test_alpha_zero(tiny, here, monkeypatch):
     metrics = gcrl.main(tiny(gcrl, "--alpha", 0, "--out", "run"))
     assert "nats" not in metrics and not Path("run/samples.png").exists()
     assert json.loads(Path("run/log.jsonl").read_text().splitlines()[0]).keys() == {
-        "epoch", "contrastive", "spread", "lr", "seconds"}
+        "epoch", "contrastive", "feature_std", "lr", "seconds"}
 
 
 def test_beta_zero(tiny, here, monkeypatch):
@@ -384,7 +465,7 @@ def test_beta_zero(tiny, here, monkeypatch):
     metrics = gcrl.main(tiny(gcrl, "--beta", 0, "--out", "run"))
     assert math.isfinite(metrics["nats"]) and Path("run/samples.png").exists()
     assert json.loads(Path("run/log.jsonl").read_text().splitlines()[0]).keys() == {
-        "epoch", "nats", "spread", "lr", "seconds"}
+        "epoch", "nats", "feature_std", "lr", "seconds"}
 
 
 # ---- variants

@@ -4,10 +4,13 @@ Scores are higher for stranger images. Detection is judged with the outside as t
 2018 (1812.04606) do.
 """
 import io
+import math
 
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
+
+from .. import Refusal, linear_probe
 
 # ---- how well scores (N,) of inside and (M,) of outside images tell them apart; equal scores are one threshold
 
@@ -87,3 +90,63 @@ def complexity(images):
         to_pil_image(image).save(file, "PNG", optimize=True)
         return 8 * file.tell()
     return torch.tensor([bits(image) for image in images.cpu()], dtype=torch.float64)
+
+
+@torch.no_grad()
+def likelihoods(model, images, autocast):
+    """-log p of images (M,) in nats, and the bits of their complexity, as the model's tokens have them: (M,), (M,)."""
+    nats, bits = [], []
+    for x in images.batches(torch.arange(len(images)).split(128)):
+        tokens = model.tokens(x)
+        with autocast:
+            nats.append(-model.log_prob(tokens).double().cpu())
+        bits.append(complexity((255 * model.images(tokens)).round().byte()))
+    return torch.cat(nats), torch.cat(bits)
+
+
+# ---- all of it
+
+
+def detect(images, labelled_x, encoder, outside, generator, autocast):
+    """{outside: {score: {"auroc", "aupr", "fpr95"}}} of the data set's own test images against each outside, printed.
+    Without test images the scores are fitted without a tenth of the training images, which stand for them.
+
+    labelled_x: features of the labelled and of the test images, or None without labels. generator: or None.
+    """
+    def encode(part):
+        return linear_probe.features(encoder, part, autocast)                 # (N, D)
+    train_x = encode(images.train)
+    if not images.test:
+        if len(train_x) < 4:
+            raise Refusal(f"--ood needs more images to compare with than {len(train_x)}")
+        order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0))
+        held, kept = order.tensor_split([max(1, len(order) // 10)])
+        own_x, train_x = train_x[held.to(train_x.device)], train_x[kept.to(train_x.device)]
+    if labelled_x:
+        probe_x, y = labelled_x[0], images.labelled.labels
+        weights = linear_probe.chosen_fit(linear_probe.standardised(probe_x, probe_x)[0], y, int(y.max()) + 1)
+
+    def scores(x, part):
+        """{name: (N,)}, higher for stranger images, of features x (N, D)."""
+        found = {}
+        if labelled_x:
+            standard = linear_probe.standardised(probe_x, x)[1]
+            found["probability, of the probe"] = uncertainty(linear_probe.logits(standard, weights))
+            found["Mahalanobis, of class means"] = mahalanobis(probe_x, x, y)
+        found["Mahalanobis, no labels"] = mahalanobis(train_x, x)
+        found["kNN distance, no labels"] = knn_distance(train_x, x)
+        if generator and images.test:                                         # of training images it would be too high
+            nats, bits = likelihoods(generator, part, autocast)
+            found["likelihood, no labels"] = nats
+            found["likelihood less complexity"] = nats / math.log(2) - bits
+        return {name: score.cpu() for name, score in found.items()}
+
+    own, results = scores(encode(images.test) if images.test else own_x, images.test), {}
+    for name, part in outside.items():
+        theirs, results[name] = scores(encode(part), part), {}
+        print(f"\n{'strange: ' + name:34}{'AUROC':>8}{'AUPR':>8}{'FPR95':>8}")
+        for score in own:
+            measures = {"auroc": auroc, "aupr": aupr, "fpr95": fpr}
+            results[name][score] = {key: measure(own[score], theirs[score]) for key, measure in measures.items()}
+            print(f"{score:34}" + "".join(f"{100 * value:8.1f}" for value in results[name][score].values()), flush=True)
+    return results

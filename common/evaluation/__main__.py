@@ -1,0 +1,109 @@
+"""The command: judges a run, prints the tables and adds what is found to RUN/evaluation.json, by data set."""
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from .. import Refusal, cli, linear_probe
+from ..data import NAMES, load
+from ..run import write_file
+from . import depth, few_labels, out_of_distribution, runs
+
+
+def arguments(argv):
+    parser = cli.Parser(prog="python -m common.evaluation", description="Judges a finished run of any script.")
+    add, number = parser.add_argument, parser.number
+    add("run", metavar="RUN", help="folder of a finished run")
+    add("--dataset", choices=NAMES, default=None, help="what to judge it on; by default what it was trained on")
+    add("--data-dir", default=None, metavar="DIR", help="folder of downloads or of your images; by default the run's")
+    number("--labels", None, "(0, 1]", "probe with these shares of the labels, too, e.g. 0.01 "
+        "0.1", nargs="+", metavar="SHARE", kind=float)
+    number("--draws", 5, "[1, inf)", "draws of labels for each share")
+    add("--finetune", action="store_true", help="fine-tune the encoder on the labels, beside the same from scratch")
+    number("--frozen-stages", 0, "[0, inf)", "first stages that --finetune leaves as they are")
+    number("--steps", 500, "[1, inf)", "steps of --finetune, 64 images each")
+    add("--ood", nargs="+", default=None, metavar="D",
+        help="data sets, or folders of images, to tell from the run's own")
+    add("--blocks", action="store_true", help="a linear probe on each block of a generator, and a picture, blocks.png")
+    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision, as in training")
+    number("--workers", cli.cores(), "[0, inf)", "processes that decode images")
+    number("--cache-gb", 8.0, "[0, inf)", "GB of decoded images kept on the device")
+    args = parser.parse_args(sys.argv[1:] if argv is None else [str(a) for a in argv])
+    if not args.finetune:
+        parser.refuse_unused(args, ("frozen_stages", "steps"), "a run without --finetune")
+    if not args.labels:
+        parser.refuse_unused(args, ("draws",), "a run without --labels")
+    return args
+
+
+def main(argv=None):
+    """Prints the tables and returns what RUN/evaluation.json has for the data set."""
+    args = arguments(argv)
+    device = cli.pick_device(args.device)
+    amp = cli.pick_amp(args.amp, device)
+    autocast = torch.autocast(device.type, amp, enabled=amp is not None)
+    path, found = Path(args.run) / "evaluation.json", {}
+    settings, encoder = runs.load_encoder(args.run, device)
+    _, untrained = runs.load_encoder(args.run, device, trained=False)
+    if path.exists():
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise Refusal(f"{path} is damaged: put it right or move it away") from None
+    if args.frozen_stages > len(encoder.stages()):
+        raise Refusal(f"--frozen-stages {args.frozen_stages} is more than the encoder has, {len(encoder.stages())}")
+    generator = runs.load_generator(args.run, device, needed=False) if args.ood or args.blocks else None
+    if args.blocks and generator is None:
+        raise Refusal(f"--blocks needs a generator, and {args.run} has none")
+    name, views = args.dataset or settings.dataset, getattr(settings, "views_dir", None)
+    if views and (args.ood or args.data_dir or name != settings.dataset):
+        raise Refusal(f"{args.run} has views of its own (--views-dir): it can be judged on these alone")
+    downloads = "data" if settings.dataset == "folder" else settings.data_dir
+    place = args.data_dir or views or (settings.data_dir if name == settings.dataset else downloads)
+
+    def open_data(name, folder):
+        return load(name, folder, settings.image_size, device, args.workers, args.cache_gb, settings.seed)
+
+    images, outside = open_data(name, place), {}
+    for other in args.ood or ():
+        if other not in NAMES[:-1] and not Path(other).is_dir():
+            raise Refusal(f"--ood {other} is neither a data set ({', '.join(NAMES[:-1])}) nor a folder of images")
+        try:
+            strange = open_data(other, downloads) if other in NAMES[:-1] else open_data("folder", other)
+        except Refusal as refusal:
+            raise Refusal(f"--ood {other}: {refusal}") from None
+        outside[other] = strange.test or strange.train
+    if not images.labelled and (args.labels or args.finetune or args.blocks or not args.ood):
+        raise Refusal(f"there is nothing to judge the classes by: {images.unlabelled}; --ood needs no labels")
+
+    result = found.setdefault(f"{name} {args.data_dir}" if args.data_dir else name, {})
+
+    def keep(**more):
+        for key, values in more.items():
+            result[key] = {**result.get(key, {}), **values}
+        write_file(path, lambda part: part.write_text(json.dumps(found) + "\n"))
+
+    x = {}
+    if images.labelled:
+        accuracies, x = linear_probe.evaluate(images, {"untrained": untrained, "trained": encoder}, autocast)
+        print(f"{args.run} on {name}\n\n{linear_probe.table(accuracies, cli.read_settings(args.run)[0])}", flush=True)
+        keep(**accuracies)
+    if args.labels:
+        keep(labels=few_labels.probe(images, x, args.labels, args.draws))
+    if args.finetune:
+        keep(finetune=few_labels.compare_finetuning(
+            images, encoder, untrained, args.labels or [1.0], args.draws, args.frozen_stages, args.steps, amp))
+    if outside:
+        keep(ood=out_of_distribution.detect(images, x.get("trained"), encoder, outside, generator, autocast))
+    if args.blocks:
+        own = (name, place) == (settings.dataset, settings.data_dir)
+        picture = Path(args.run) / f"blocks{'' if own else f'-{name}'}.png"
+        keep(blocks=depth.probe(images, generator, picture, autocast))
+    print(f"\nsaved in {path}")
+    return result
+
+
+if __name__ == "__main__":
+    cli.program(main)

@@ -1,0 +1,50 @@
+"""Where in a generator the features are: a linear probe on each of its blocks (iGPT, Chen et al. 2020, section 4.1)."""
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+
+from .. import linear_probe
+from ..run import write_file
+
+
+class Blocks(nn.Module):
+    """RGB (N, 3, S, S) in [0, 1] to the mean over the positions of each block's output, (N, blocks * C)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.outputs = model, {}
+        for name, block in model.blocks().items():
+            block.register_forward_hook(
+                lambda _, __, out, name=name: self.outputs.__setitem__(name, out.float().mean(dim=(1, 2))))
+
+    def forward(self, x):
+        self.model.logits(self.model.tokens(x))
+        return torch.cat(list(self.outputs.values()), dim=1)
+
+
+def probe(images, model, path, autocast):
+    """{block: accuracy} of linear probes, printed and drawn as the picture `path`. The best is in the middle."""
+    blocks, names = Blocks(model), list(model.blocks())
+    train_x, test_x = (linear_probe.features(blocks, part, autocast, batch_size=128).chunk(len(names), dim=1)
+                       for part in (images.labelled, images.test))
+    accuracy = {name: linear_probe.linear_probe(a, images.labelled.labels, b, images.test.labels)
+                for name, a, b in zip(names, train_x, test_x)}
+    print(f"\n{'linear probe by depth':34}")
+    print("\n".join(f"{name:34}{100 * value:8.1f}" for name, value in accuracy.items()), flush=True)
+    write_file(path, lambda part: curve(part, accuracy))
+    return accuracy
+
+
+def curve(path, values, height=240, step=110):
+    """Saves {name: value in [0, 1]} as a line from point to point, each with its name and percentage."""
+    low, high = min(values.values()), max(values.values())
+    image = Image.new("RGB", (step * len(values) + 20, height), "white")
+    draw, points = ImageDraw.Draw(image), []
+    for i, (name, value) in enumerate(values.items()):
+        x, y = step // 2 + i * step, height - 60 - (height - 100) * (value - low) / max(high - low, 1e-9)
+        points.append((x, y))
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="black")
+        draw.text((x, y - 18), f"{100 * value:.1f}", fill="black", anchor="mm")
+        draw.text((x, height - 30), name.replace(", ", "\n"), fill="black", anchor="mm")
+    draw.line(points, fill="black", width=1)
+    image.save(path, "PNG")

@@ -1,0 +1,200 @@
+"""--sample RUN of a script with a generator: samples, completions, nearest training images, Frechet distance."""
+import io
+import itertools
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from .. import Refusal, cli, pictures
+from ..data import Decoder, Images, load
+from ..run import write_file
+from . import runs
+
+STORED = ("seed", "device", "workers", "data_dir", "cache_gb")  # of the run's settings, unless a flag says otherwise
+
+
+def arguments(argv, script):
+    parser = cli.Parser(prog=Path(script).name, description="Trains nothing: draws from a run with its settings, and "
+                        "into its folder.")
+    add, number = parser.add_argument, parser.number
+    add("--sample", metavar="RUN", required=True, help="folder of the run to draw from")
+    number("--temperature", 1.0, "[0.001, inf)", "divides the logits")
+    number("--top-k", None, "[1, inf)", "draws among the likeliest so many tokens, but for the first, which is drawn "
+        "as often as the images have it (default: all)", kind=int)
+    number("--samples", None, "[1, inf)", "images to draw; a picture has 500 at most (default: 64, with --frechet "
+        "500)", kind=int)
+    add("--complete", nargs="+", metavar="IMAGE", default=[],
+        help="your images, the lower half of each drawn anew, six times")
+    add("--frechet", metavar="RUN", help="Frechet distance of samples and test images in the features of this run, of "
+        "any script, beside that of two halves of the test images: of equally many, at most half of the test images")
+    number("--seed", None, "[0, 4294967295]", "of the draws (default: the run's)", kind=int)
+    add("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
+    add("--data-dir", metavar="DIR", help="where the run's data set is (default: where it was)")
+    number("--workers", None, "[0, inf)", "processes that decode images (default: the run's)", kind=int)
+    number("--cache-gb", None, "[0, inf)", "GB of decoded images kept on the device (default: the run's)", kind=float)
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def main(argv, script):
+    """Writes pictures and distances into the run's folder, prints them, and returns the distances. Nothing is
+    overwritten; the same settings give the same files. script: the path of the script that made the run."""
+    args = arguments(argv, script)
+    settings = cli.read_settings(args.sample, Path(script).stem)[1]
+    for name in STORED:
+        if getattr(args, name) is None:
+            setattr(args, name, settings[name])
+    device, size = cli.pick_device(args.device), settings["image_size"]
+    model = runs.load_generator(args.sample, device, Path(script).stem)
+    judge = args.frechet and runs.load_encoder(args.frechet, device)
+    if judge and getattr(judge[0], "views_dir", None):
+        raise Refusal(f"--frechet {args.frechet}: that run has views of its own (--views-dir), which samples have not")
+    given = args.complete and Images(Decoder(args.complete, size), None, device, 0, True).pixels
+
+    def drawn(tokens, rows=0):
+        """Images (N, 3, S, S): the first rows those of the tokens (N, S, S), the rest drawn; 64 at once, for memory."""
+        generator = torch.Generator(device).manual_seed(args.seed)
+        return model.images(torch.cat([model.sample(len(part), args.temperature, args.top_k, part, rows, generator)
+                                       for part in tokens.split(64)]))
+
+    def seen(x):                                                              # all that the model can show of images
+        return model.images(model.tokens(x.to(device)))
+
+    def keep(name, suffix, content):
+        """A file of bytes, of a free name: same settings, same bytes, same file; but nothing else is overwritten."""
+        name += f"-T{args.temperature}-k{args.top_k or 'all'}-seed{args.seed}"
+        for number in itertools.count(1):
+            path = Path(args.sample) / f"{name}{f'-{number}' if number > 1 else ''}{suffix}"
+            if not path.exists():
+                write_file(path, lambda part: part.write_bytes(content))
+            if path.read_bytes() == content:
+                return print(path, flush=True)
+
+    def picture(name, images, columns):
+        pictures.tiles(file := io.BytesIO(), images, columns)
+        keep(name, ".png", file.getvalue())
+
+    n = args.samples or (500 if judge else 64)
+    x = drawn(torch.zeros(n, size, size, dtype=torch.int64, device=device))
+    picture("samples", x[:500], max(8, math.isqrt(min(n, 500))))
+    if args.complete:                                                         # a row: image, upper half, 6 completions
+        upper, tokens = seen(given), model.tokens(given)
+        upper[:, :, size // 2 :] = 0.5
+        rows = drawn(tokens.repeat_interleave(6, dim=0), size // 2).unflatten(0, (-1, 6))
+        picture("completions", torch.cat([torch.stack([given / 255, upper], dim=1), rows], dim=1).flatten(0, 1), 8)
+    images, result = load(settings["dataset"], args.data_dir, size, device, args.workers, args.cache_gb,
+                          settings["seed"]), {}
+    if judge:
+        result["frechet"] = {"run": args.frechet, **frechet_distances(judge, x, images.test, seen, device)}
+    result["nearest"], beside = neighbours(x[:64], images, seen)              # (16, 1 + k, 3, S, S)
+    picture("neighbours", beside.flatten(0, 1), beside.shape[1])
+    print("\n" + table(result) + "\n", flush=True)
+    keep("distances", ".json", (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+# ---- the Frechet distance in an encoder's feature space (Heusel et al. 2017, 1706.08500)
+
+
+def root(covariance):
+    """The symmetric square root of a symmetric (D, D) that has no negative eigenvalues but by rounding."""
+    variance, axes = torch.linalg.eigh(covariance)
+    return axes * variance.clamp(min=0).sqrt() @ axes.T
+
+
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians: means (D,), covariances (D, D), to a float >= 0.
+
+    In float64. tr (C1 C2)^(1/2) = tr (C1^(1/2) C2 C1^(1/2))^(1/2) is the sum of the singular values of
+    C1^(1/2) C2^(1/2), which takes no root of a matrix that is not symmetric, nor, where C1 or C2 is singular, of
+    rounding errors.
+    """
+    mean1, cov1, mean2, cov2 = (x.cpu().double() for x in (mean1, cov1, mean2, cov2))
+    both = torch.linalg.svdvals(root(cov1) @ root(cov2)).sum()
+    return max(0.0, ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * both).item())
+
+
+def distance(x, y):
+    """frechet_distance of features x (N, D) and y (M, D) taken as Gaussian, N and M at least 2.
+
+    It is too large on average, the more so the fewer the images: only distances of equally many can be compared.
+    """
+    def moments(x):
+        x = x.cpu().double()
+        centred = x - x.mean(dim=0)
+        return x.mean(dim=0), centred.T @ centred / (len(x) - 1)              # (D,), (D, D)
+    return frechet_distance(*moments(x), *moments(y))
+
+
+@torch.no_grad()
+def features(encoder, image_size, images, device, batch_size=256):
+    """What the encoder, on the device, makes of images (N, 3, S, S), uint8 or floats in [0, 1]: (N, D).
+
+    image_size: the side that the encoder takes; images of another are resized.
+    """
+    def scaled(x):
+        x = x.to(device).float() / (255 if x.dtype == torch.uint8 else 1)
+        if x.shape[-1] != image_size:
+            x = F.interpolate(x, image_size, mode="bilinear", antialias=True).clamp(0, 1)
+        return x
+    return torch.cat([encoder(scaled(x)).float() for x in images.split(batch_size)])
+
+
+def frechet_distances(judge, samples, test, seen, device):
+    """Frechet distances to a random half of the test images: {"images", "samples", "test", "seen"}.
+
+    judge: (settings, encoder) of `runs.load_encoder`. samples: (N, 3, S, S). test: Images or None. seen(uint8 images):
+    all that the samples' model can show of them. "test" is the floor, the other half of the test images; "seen" is that
+    half as seen, how much of the samples' distance is not their content's. "images": how many each set has, N or, if
+    they are fewer, half of the test images: of equally many, the distances are equally biased.
+    """
+    n = min(len(samples), len(test or ()) // 2)
+    if n < 2:
+        raise Refusal("--frechet needs two samples and four test images at least, for a covariance")
+    half, other = test.at(test.random_indices(2 * n)).split(n)
+    x, *rest = (features(judge[1], judge[0].image_size, images, device)       # (n, D)
+                for images in (half, samples[:n], other, seen(other)))
+    return {"images": n, **{name: distance(x, y) for name, y in zip(("samples", "test", "seen"), rest)}}
+
+
+# ---- the nearest training images, which would show samples that are memorised
+
+
+def nearest(x, images, seen, k=7):
+    """The k training images nearest to each of x (N, 3, S, S) in [0, 1]: root mean square differences, of 255, and
+    indices, each (k, N), nearest first. images: Images, which are compared as seen(uint8 (B, 3, S, S)) in [0, 1].
+    """
+    batches = images.batches(torch.arange(len(images)).split(512))            # by a product an equal one is not at 0
+    gap = torch.cat([torch.cdist(seen(batch).flatten(1), x.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+                     for batch in batches]) * 255 / x[0].numel() ** 0.5       # (images, N)
+    return gap.topk(min(k, len(gap)), dim=0, largest=False)
+
+
+def neighbours(samples, images, seen, shown=16):
+    """({"samples", "test": {"mean", "least"}}, rows): the differences (`nearest`) of samples (N, 3, S, S), and of as
+    many test images, from the nearest training image; and the first samples, each before the training images nearest
+    to it, (shown, 1 + k, 3, S, S). images: `data.Data`.
+    """
+    gap, index = nearest(samples, images.train, seen)                         # (k, N)
+    gaps = {"samples": gap[0]}
+    if images.test:
+        test = seen(images.test.at(images.test.random_indices(len(samples))))
+        gaps["test"] = nearest(test, images.train, seen)[0][0]
+    beside = seen(images.train.at(index[:, :shown].T.flatten())).unflatten(0, (-1, len(index)))
+    return ({name: {"mean": x.mean().item(), "least": x.min().item()} for name, x in gaps.items()},
+            torch.cat([samples[:shown, None], beside], dim=1))
+
+
+def table(result):
+    """The text that a person reads: of {"nearest": of `neighbours`}, and "frechet": of `frechet_distances`."""
+    titles = {"samples": "samples", "test": "test images", "seen": "test images, as the model can show them"}
+    lines = [f"{'nearest training image, RMS of 255':40}{'mean':>8}{'least':>8}"]
+    lines += [f"{titles[name]:40}{x['mean']:8.1f}{x['least']:8.1f}" for name, x in result["nearest"].items()]
+    if "frechet" in result:
+        frechet = result["frechet"]
+        lines += ["", f"Frechet distance to {frechet['images']} test images, of as many"]
+        lines += [f"{titles[name]:40}{frechet[name]:16.4g}" for name in titles]
+    return "\n".join(lines)
