@@ -19,7 +19,7 @@ estimated on the first batch and stays. What is kept, and probed, is the concate
 Differences from the paper: the softmax by default, where the paper has nce; Z and, if there is one, the bank begin as
 what the untrained encoders say of the images; an image's own vector is no negative; a cosine schedule, where the paper
 has steps; inputs not normalised by mean and deviation. At --dataset folder tau is 0.1 and crops keep 0.2 of the area at
-least (the authors' code for ResNets: 0.07 and 0.08), of the photograph's centre square.
+least (the authors' code for ResNets: 0.07 and 0.08).
 
 Measured, linear probe / kNN: `shapes` 55.6 / 36.1 (untrained 18.7 / 9.8), 43 s on one core of an AMD EPYC.
 """
@@ -79,11 +79,12 @@ def split(x, views):
     return (2 * x - 1).split(1 if views == "rgb" else 3, dim=1)
 
 
-def view(x, rng, size, crop_min, jitter):
+def view(x, rng, size, crop_min, jitter, aspect=None):
     """The same random crop, flip and, if jitter (SimCLR's strength s) > 0, colours for all channels of an image:
-    x uint8 (N, C, H, W) to float (N, C, size, size) in [0, 1]."""
+    x uint8 (N, C, H, W) to float (N, C, size, size) in [0, 1]. aspect: (N,), width / height of photographs squashed to
+    these squares."""
     s = jitter
-    x = augment.random_resized_crop(x.float() / 255, rng, size, scale=(crop_min, 1.0))
+    x = augment.random_resized_crop(x.float() / 255, rng, size, (crop_min, 1.0), aspect)
     if s > 0:
         x = augment.random_color_jitter(x, rng, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
     return augment.random_horizontal_flip(x, rng)
@@ -229,6 +230,8 @@ def arguments(argv):
     parser = cli.RunParser(__file__, "CMC", [name for name in data.NAMES if name != "fashionmnist"])       # grey
     add, number = parser.add_argument, parser.number
     number("--image-size", 32, "[8, inf)", "side of the images, pixels")
+    number("--store-size", None, "[8, inf)", "side that a folder's photographs are kept at, whole, to be cropped from "
+        "(default: twice the image size; not more than the largest has)", kind=int)
     add("--views", choices=CHANNELS, default="lab", help="channels that are views: L and ab, Y and CbCr, or R, G and B")
     add("--views-dir", nargs="+", metavar="DIR", help="views of your own: folders with images of the same names")
     add("--graph", choices=("full", "core"), default="full", help="pairs of views: all, or those with the first")
@@ -275,7 +278,7 @@ def initialise(model, images, batch_size, rng, random_view, autocast, tau):
     order = order if entries else order[:1]                                   # without banks Z alone
     for index, x in zip(order, images.batches(order)):
         with autocast:
-            z = model(random_view(x, rng))[1]
+            z = model(random_view(x, rng, aspect=images.aspect[index]))[1]
         if index[0] == 0:
             vectors = F.normalize(torch.randn(4096, z.shape[2], generator=rng.generator), dim=1)
             model.estimate_z(z, vectors.to(z.device), entries or batch_size, tau)
@@ -289,7 +292,7 @@ def main(argv=None):
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
-    images, batches = run.data(args.views_dir)
+    images, batches = run.data(args.views_dir, store_size=args.store_size or 2 * args.image_size)
     entries = len(images.train) if args.dictionary == "memory-bank" else 0    # of each view's bank
     m = (args.negatives or entries) if entries else args.batch_size - 1
     all_images = torch.arange(len(images.train), device=device)
@@ -323,7 +326,7 @@ def main(argv=None):
             for step, index, x in batches.epoch(epoch, first_step):
                 for group in optimizer.param_groups:
                     group["lr"] = peak_lr * cosine(epoch * len(batches) + step, args.epochs * len(batches), args.warmup)
-                x = random_view(x, rng)                                       # (N, 3 or 3 folders, S, S)
+                x = random_view(x, rng, aspect=images.train.aspect[index])    # (N, 3 or 3 folders, S, S)
                 # Both of the whole batch of all processes, and the same in each of them.
                 index, drawn = distributed.gather(index.to(device)), all_images
                 if entries and args.negatives:
@@ -341,7 +344,8 @@ def main(argv=None):
             progress.end_epoch(epoch, lr=optimizer.param_groups[0]["lr"])
             first_step = 0
 
-    x = random_view(images.train.at(images.train.random_indices(32)), augment.Random(args.seed))
+    index = images.train.random_indices(32)
+    x = random_view(images.train.at(index), augment.Random(args.seed), aspect=images.train.aspect[index])
     seen = [as_colours(v) for v in split(x, model.encoder.views)]
     run.picture("views.png", *([] if args.views_dir else [x]), *seen)
     return run.finish(images, {"untrained": new_model().encoder, "trained": model.encoder}, autocast)

@@ -41,13 +41,14 @@ def cut(x, patch, stride):
     return x.unfold(2, patch, stride).unfold(3, patch, stride).permute(0, 2, 3, 1, 4, 5)
 
 
-def view(x, rng, size, crop_min, augmentation, patch, stride):
+def view(x, rng, size, crop_min, augmentation, patch, stride, aspect=None):
     """The augmented patches of each image: x uint8 (N, 3, H, W) to float (N, G, G, 3, patch, patch) in [0, 1].
 
     crop_min: least share of the image's area that its crop keeps. augmentation: "v1" moves each patch by a little (a
     crop of 60 out of 64 pixels, padded), "v2" gives each its own flip, colours, grey, and channels that are left.
+    aspect: (N,), width / height of photographs squashed to these squares.
     """
-    x = augment.random_resized_crop(x.float() / 255, rng, size, scale=(crop_min, 1.0))
+    x = augment.random_resized_crop(x.float() / 255, rng, size, (crop_min, 1.0), aspect)
     x = cut(augment.random_horizontal_flip(x, rng), patch, stride)
     grid, x = x.shape[:3], x.flatten(0, 2)                                    # (N G G, 3, patch, patch)
     if augmentation == "v1":
@@ -223,6 +224,8 @@ def arguments(argv):
     parser = cli.RunParser(__file__, "CPC")
     add, number = parser.add_argument, parser.number
     number("--image-size", 32, "[8, inf)", "side of the images, pixels")
+    number("--store-size", None, "[8, inf)", "side that a folder's photographs are kept at, whole, to be cropped from "
+        "(default: twice the image size; not more than the largest has)", kind=int)
     number("--patch", 8, "[1, inf)", "side of a patch, pixels (256-pixel ImageNet, v1: 64, v2: 80)")
     number("--stride", 4, "[1, inf)", "from patch to patch, pixels (v1: 32; 7 rows of 80: 29)")
     number("--steps", 5, "[1, inf)", "rows ahead that are predicted, at most (v1: 5), from the first that shares no "
@@ -266,7 +269,7 @@ def main(argv=None):
     ahead = steps_ahead(args.patch, args.stride, args.steps)
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world,
               grid=f"{rows} x {rows}", ahead=f"{ahead.start} to {ahead.stop - 1}")
-    images, batches = run.data()
+    images, batches = run.data(store_size=args.store_size or 2 * args.image_size)
 
     def new_model():
         torch.manual_seed(args.seed)
@@ -291,10 +294,10 @@ def main(argv=None):
     net.train()
     with run:
         for epoch in range(first_epoch, args.epochs):
-            for step, _, x in batches.epoch(epoch, first_step):
+            for step, index, x in batches.epoch(epoch, first_step):
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * cosine(epoch * len(batches) + step, args.epochs * len(batches), args.warmup)
-                patches = random_view(x, rng)                                 # (N, G, G, 3, patch, patch)
+                patches = random_view(x, rng, aspect=images.train.aspect[index])              # (N, G, G, 3, p, p)
                 with autocast:
                     h, predictions, targets = net(patches)
                 # Each process sees the negatives of all: the loss is that of the whole batch.
@@ -309,8 +312,10 @@ def main(argv=None):
             progress.end_epoch(epoch, lr=optimizer.param_groups[0]["lr"])
             first_step = 0
 
-    x, rng = images.train.at(images.train.random_indices(32)), augment.Random(args.seed)
-    run.picture("views.png", mosaic(cut(x.float() / 255, args.patch, args.stride)), mosaic(random_view(x, rng)))
+    index = images.train.random_indices(32)
+    plain = cut(images.centred.at(index).float() / 255, args.patch, args.stride)
+    views = random_view(images.train.at(index), augment.Random(args.seed), aspect=images.train.aspect[index])
+    run.picture("views.png", mosaic(plain), mosaic(views))
     encoders = {"untrained": new_model().encoder, "trained": model.encoder, "context": ContextEncoder(model)}
     return run.finish(images, encoders, autocast)
 

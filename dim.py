@@ -278,11 +278,11 @@ def bounded(scores, clip):
     return clip * torch.tanh(scores / clip)
 
 
-def view(x, rng, size):
+def view(x, rng, size, aspect=None):
     """One random view of each image but for the flip, which both views share (appendix, CIFAR; where images are larger
     than 64 pixels a crop in place of the shift): x float (N, 3, H, W) to (N, 3, size, size) in [0, 1]."""
     if size > 64:
-        x = augment.random_resized_crop(x, rng, size, scale=(0.3, 1.0))
+        x = augment.random_resized_crop(x, rng, size, (0.3, 1.0), aspect)
     else:
         shifted = (rng.uniform(len(x)) < 0.8).to(x.device)[:, None, None, None]
         x = torch.where(shifted, augment.random_shift(x, rng, reach=size // 8), x)
@@ -290,13 +290,14 @@ def view(x, rng, size):
     return augment.random_grayscale(x, rng, p=0.25)
 
 
-def random_views(x, rng, size, count):
-    """x uint8 (N, 3, S, S) to (count N, 3, S, S) in [0, 1]; one view is the image itself."""
+def random_views(x, rng, size, count, aspect=None):
+    """x uint8 (N, 3, S, S) to (count N, 3, S, S) in [0, 1]; one view is the image itself. aspect: (N,), width / height
+    of photographs squashed to these squares, where views are crops."""
     x = x.float() / 255
     if count == 1:
         return x
     x = augment.random_horizontal_flip(x, rng)
-    return torch.cat([view(x, rng, size), view(x, rng, size)])
+    return torch.cat([view(x, rng, size, aspect), view(x, rng, size, aspect)])
 
 
 class Layer(nn.Module):
@@ -389,7 +390,8 @@ def main(argv=None):
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
-    images, batches = run.data()
+    crops = args.views == 2 and args.image_size > 64
+    images, batches = run.data(store_size=2 * args.image_size if crops else None)
 
     def new_model():
         torch.manual_seed(args.seed)
@@ -421,10 +423,11 @@ def main(argv=None):
     net.train()
     with run:
         for epoch in range(first_epoch, args.epochs):
-            for step, _, x in batches.epoch(epoch, first_step):
+            for step, index, x in batches.epoch(epoch, first_step):
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * cosine(epoch * len(batches) + step, args.epochs * len(batches), args.warmup)
-                views = random_views(x, rng, args.image_size, args.views)     # (V N, 3, S, S)
+                aspect = images.train.aspect[index]
+                views = random_views(x, rng, args.image_size, args.views, aspect)             # (V N, 3, S, S)
                 if multiscale:
                     draws = (25 * rng.uniform(len(x))).long().to(device)      # (N,), positions in the 5 x 5 map
                 else:
@@ -439,8 +442,9 @@ def main(argv=None):
             progress.end_epoch(epoch, lr=optimizer.param_groups[0]["lr"])
             first_step = 0
 
-    x, rng = images.train.at(images.train.random_indices(32)), augment.Random(args.seed)
-    run.picture("views.png", *random_views(x, rng, args.image_size, args.views).chunk(args.views))
+    index, rng = images.train.random_indices(32), augment.Random(args.seed)
+    views = random_views(images.train.at(index), rng, args.image_size, args.views, images.train.aspect[index])
+    run.picture("views.png", *views.chunk(args.views))
     untrained, trained = new_model().encoder, model.encoder
     encoders = {"untrained": untrained, "trained": trained}                   # fc, or AMDIM's global vector
     for layer in () if multiscale else ("conv", "Y"):

@@ -19,8 +19,8 @@ What is kept, and probed, is f_q without its head.
 
 Differences from the papers: batch norm of --bn-groups parts and shuffled keys on one device as on many; a query's own
 vector in the memory bank is no negative; the bank is scored by InfoNCE, as in the paper's comparison (Wu et al.: NCE);
---symmetric takes the mean of both directions, the authors' CIFAR demo the sum; inputs are in [0, 1], without mean and
-deviation taken off; at --dataset folder the crop is one of the photograph's centre square.
+--symmetric takes the mean of both directions, the authors' CIFAR demo the sum; inputs are in [0, 1], not normalised by mean
+and deviation.
 
 Measured, linear probe / kNN: `shapes` queue 63.8 / 47.8, memory bank 65.1 / 49.0, end-to-end 82.0 / 69.2 (untrained
 31.6 / 15.2), 39 to 72 s on one core of an AMD EPYC.
@@ -39,14 +39,15 @@ from common.run import Run, cosine
 # ---- augmentation (v1: section 3.3, after Wu et al.; v2: section 3, after SimCLR)
 
 
-def view(x, rng, size, crop_min, augmentation, blur):
+def view(x, rng, size, crop_min, augmentation, blur, aspect=None):
     """One random view of each image: x uint8 (N, 3, H, W) to float (N, 3, size, size) in [0, 1].
 
     crop_min: least share of the area that a crop keeps. augmentation: "v1" jitters the colours of every view and their
-    hue strongly, "v2" those of 0.8 of the views, their hue weakly. blur: share of the views that are blurred.
+    hue strongly, "v2" those of 0.8 of the views, their hue weakly. blur: share of the views that are blurred. aspect:
+    (N,), width / height of photographs squashed to these squares.
     """
     share, hue = {"v1": (1.0, 0.4), "v2": (0.8, 0.1)}[augmentation]
-    x = augment.random_resized_crop(x.float() / 255, rng, size, scale=(crop_min, 1.0))
+    x = augment.random_resized_crop(x.float() / 255, rng, size, (crop_min, 1.0), aspect)
     x = augment.random_color_jitter(x, rng, 0.4, 0.4, 0.4, hue, p=share)
     x = augment.random_grayscale(x, rng, p=0.2)
     if blur > 0:
@@ -218,6 +219,8 @@ def arguments(argv):
     parser = cli.RunParser(__file__, "MoCo")
     add, number = parser.add_argument, parser.number
     number("--image-size", 32, "[8, inf)", "side of the images, pixels")
+    number("--store-size", None, "[8, inf)", "side that a folder's photographs are kept at, whole, to be cropped from "
+        "(default: twice the image size; not more than the largest has)", kind=int)
     add("--dictionary", choices=("queue", "memory-bank", "end-to-end"), default="queue", help="where keys come from")
     number("--negatives", 4096, "[0, inf)", "K: length of the queue, or vectors drawn from the memory bank (0: all of "
         "them)")
@@ -265,7 +268,7 @@ def main(argv=None):
     if args.bn_groups > 1 and args.bn_groups % world:
         raise Refusal(f"--bn-groups {args.bn_groups} is not a multiple of the {world} processes")
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
-    images, batches = run.data()
+    images, batches = run.data(store_size=args.store_size or 2 * args.image_size)
 
     def new_model():
         torch.manual_seed(args.seed)
@@ -300,8 +303,9 @@ def main(argv=None):
             for step, index, x in batches.epoch(epoch, first_step):
                 for group in optimizer.param_groups:
                     group["lr"] = peak_lr * schedule(epoch * len(batches) + step, args.epochs * len(batches))
-                x1 = random_view(x, rng).contiguous(memory_format=torch.channels_last)
-                x2 = None if bank else random_view(x, rng)
+                aspect = images.train.aspect[index]
+                x1 = random_view(x, rng, aspect=aspect).contiguous(memory_format=torch.channels_last)
+                x2 = None if bank else random_view(x, rng, aspect=aspect)
                 # Indices and shuffles are of the whole batch of all processes, and the same in each of them.
                 if bank:
                     index, drawn = distributed.gather(index.to(device)), all_images
@@ -321,8 +325,9 @@ def main(argv=None):
             progress.end_epoch(epoch, lr=optimizer.param_groups[0]["lr"])
             first_step = 0
 
-    x, rng = images.train.at(images.train.random_indices(32)), augment.Random(args.seed)
-    run.picture("views.png", random_view(x, rng), random_view(x, rng))
+    index, rng = images.train.random_indices(32), augment.Random(args.seed)
+    x, aspect = images.train.at(index), images.train.aspect[index]
+    run.picture("views.png", *(random_view(x, rng, aspect=aspect) for _ in range(2)))
     return run.finish(images, {"untrained": new_model().query.encoder, "trained": model.query.encoder}, autocast)
 
 

@@ -14,7 +14,7 @@ The loss is the mean over the 2N views. What is kept, and probed, is h.
 Differences from the paper: SGD with momentum by default, as in dkobak/simclr-cifar10, LARS (the paper's) by a flag, and
 a cosine to 0 after a warm-up of 5 % of the steps; weight decay 1e-4; the head has two layers without batch norm (the
 authors' code: three with); inputs are in [0, 1], not normalised by mean and deviation, as in the authors' code; at
---dataset folder the crop is one of the photograph's centre square, and tau 0.5.
+--dataset folder tau is 0.5 (table 5, ImageNet: 0.1 is best).
 
 Measured, linear probe / kNN: `shapes` 62.4 / 45.8 (untrained 31.6 / 15.2), 48 s on one core of an AMD EPYC.
 """
@@ -31,14 +31,14 @@ from common.run import Run, cosine
 # ---- augmentation (appendix A; appendix B.9 for CIFAR)
 
 
-def view(x, rng, size, crop_min, jitter, blur):
+def view(x, rng, size, crop_min, jitter, blur, aspect=None):
     """One random view of each image: x uint8 (N, 3, H, W) to float (N, 3, size, size) in [0, 1].
 
     crop_min: least share of the area that a crop keeps. jitter: the paper's s, strength of the colour distortion.
-    blur: share of the views that are blurred.
+    blur: share of the views that are blurred. aspect: (N,), width / height of photographs squashed to these squares.
     """
     s = jitter
-    x = augment.random_resized_crop(x.float() / 255, rng, size, scale=(crop_min, 1.0))
+    x = augment.random_resized_crop(x.float() / 255, rng, size, (crop_min, 1.0), aspect)
     x = augment.random_horizontal_flip(x, rng)
     x = augment.random_color_jitter(x, rng, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
     x = augment.random_grayscale(x, rng, p=0.2)
@@ -140,6 +140,8 @@ def arguments(argv):
     parser = cli.RunParser(__file__, "SimCLR")
     add, number = parser.add_argument, parser.number
     number("--image-size", 32, "[8, inf)", "side of the images, pixels")
+    number("--store-size", None, "[8, inf)", "side that a folder's photographs are kept at, whole, to be cropped from "
+        "(default: twice the image size; not more than the largest has)", kind=int)
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
     number("--width", 64, "[1, inf)", "channels of the encoder's first stage")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
@@ -167,7 +169,7 @@ def main(argv=None):
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
-    images, batches = run.data()
+    images, batches = run.data(store_size=args.store_size or 2 * args.image_size)
 
     def new_model():
         torch.manual_seed(args.seed)
@@ -196,10 +198,11 @@ def main(argv=None):
     net.train()
     with run:
         for epoch in range(first_epoch, args.epochs):
-            for step, _, x in batches.epoch(epoch, first_step):
+            for step, index, x in batches.epoch(epoch, first_step):
                 for group in optimizer.param_groups:
                     group["lr"] = peak_lr * cosine(epoch * len(batches) + step, args.epochs * len(batches), args.warmup)
-                views = torch.cat([random_view(x, rng), random_view(x, rng)])      # (2N, 3, S, S)
+                aspect = images.train.aspect[index]
+                views = torch.cat([random_view(x, rng, aspect=aspect) for _ in range(2)])     # (2N, 3, S, S)
                 with autocast:
                     h, z = net(views.contiguous(memory_format=torch.channels_last))
                 z1, z2 = z.float().chunk(2)                                   # (N, projection_dim) each
@@ -213,8 +216,9 @@ def main(argv=None):
             progress.end_epoch(epoch, lr=optimizer.param_groups[0]["lr"])
             first_step = 0
 
-    x, rng = images.train.at(images.train.random_indices(32)), augment.Random(args.seed)
-    run.picture("views.png", random_view(x, rng), random_view(x, rng))
+    index, rng = images.train.random_indices(32), augment.Random(args.seed)
+    x, aspect = images.train.at(index), images.train.aspect[index]
+    run.picture("views.png", *(random_view(x, rng, aspect=aspect) for _ in range(2)))
     return run.finish(images, {"untrained": new_model().encoder, "trained": model.encoder}, autocast)
 
 

@@ -64,7 +64,7 @@ def resample(x, rows, columns):
 def crop_matrix(start, length, size, out):
     """Bilinear, antialiased resizing of positions start..start + length of an axis to `out` positions.
 
-    start, length: (N,) in pixels, whole numbers. size: the axis's length. Returns (N, out, size), rows summing to 1:
+    start, length: (N,) in pixels. size: the axis's length. Returns (N, out, size), rows summing to 1:
     torchvision's antialias filter, a triangle as wide as one output pixel where it shrinks, else as one input pixel.
     """
     start, length = start[:, None, None], length[:, None, None]
@@ -77,7 +77,7 @@ def crop_matrix(start, length, size, out):
 
 
 def resized_crop(x, top, left, height, width, size):
-    """Each image's own box of whole pixels, resized to size x size with antialiasing."""
+    """Each image's own box, in pixels, resized to size x size with antialiasing."""
     top, left, height, width = (p.to(x.device, x.dtype, non_blocking=True) for p in (top, left, height, width))
     return resample(x, crop_matrix(top, height, x.shape[2], size), crop_matrix(left, width, x.shape[3], size))
 
@@ -85,25 +85,35 @@ def resized_crop(x, top, left, height, width, size):
 def crop_boxes(rng, n, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     """n random boxes as torchvision's RandomResizedCrop draws them: top, left, height, width, each (n,) floats.
 
-    Share of the image's area uniform in `scale`, aspect ratio log-uniform in `ratio`; of ten tries the first that fits,
-    else the whole image (cut to the ratio's bounds).
+    height, width: of all images, or (n,) of each. Share of the image's area uniform in `scale`, aspect ratio
+    log-uniform in `ratio`; of ten tries the first that fits, else the whole image (cut to the ratio's bounds).
     """
-    area = height * width * rng.uniform(n, 10, low=scale[0], high=scale[1])   # (n, 10)
+    height, width = (torch.as_tensor(side, dtype=torch.float32).expand(n) for side in (height, width))
+    area = (height * width)[:, None] * rng.uniform(n, 10, low=scale[0], high=scale[1])        # (n, 10)
     low, high = torch.tensor(ratio).log().tolist()
     aspect = rng.uniform(n, 10, low=low, high=high).exp()
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
     first, any_fits = fits.int().argmax(dim=1, keepdim=True), fits.any(dim=1)  # (n, 1), 0 where none fits; (n,)
-    w = torch.where(any_fits, w.gather(1, first)[:, 0], float(min(width, round(height * ratio[1]))))
-    h = torch.where(any_fits, h.gather(1, first)[:, 0], float(min(height, round(width / ratio[0]))))
+    w = torch.where(any_fits, w.gather(1, first)[:, 0], torch.minimum(width, (height * ratio[1]).round()))
+    h = torch.where(any_fits, h.gather(1, first)[:, 0], torch.minimum(height, (width / ratio[0]).round()))
     top, left = (rng.uniform(n) * (height - h + 1)).floor(), (rng.uniform(n) * (width - w + 1)).floor()
     top = torch.where(any_fits, top, ((height - h) / 2).floor())              # the whole image's box is centred
     return top, torch.where(any_fits, left, ((width - w) / 2).floor()), h, w
 
 
-def random_resized_crop(x, rng, size, scale):
-    """A box of each image's own, of a share of its area in `scale`, resized to size x size."""
-    return resized_crop(x, *crop_boxes(rng, len(x), *x.shape[2:], scale), size)
+def random_resized_crop(x, rng, size, scale, aspect=None):
+    """A box of each image's own, of a share of its area in `scale`, resized to size x size.
+
+    aspect: (N,) on the CPU, width / height of the photographs that were squashed to the squares x, None: 1. The box has
+    its shape and its share in the photograph.
+    """
+    height, width = x.shape[2:]
+    if aspect is None:
+        return resized_crop(x, *crop_boxes(rng, len(x), height, width, scale), size)
+    tall, wide = (height / aspect.clamp(max=1)).round(), (width * aspect.clamp(min=1)).round()
+    top, left, h, w = crop_boxes(rng, len(x), tall, wide, scale)
+    return resized_crop(x, top * height / tall, left * width / wide, h * height / tall, w * width / wide, size)
 
 
 def horizontal_flip(x, mask):

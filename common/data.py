@@ -16,6 +16,7 @@ from torchvision import datasets
 
 from . import Refusal, distributed, shapes
 
+ORIENTATION = 0x0112  # of EXIF
 NAMES = ("shapes", "patterns", "cifar10", "cifar100", "svhn", "stl10", "fashionmnist", "folder")
 HOMES = {
     "cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html",
@@ -29,13 +30,15 @@ HOMES = {
 class Images:
     """N square RGB images, (N, 3, S, S) uint8, or stacks of F aligned ones, (N, 3 F, S, S), and their labels.
 
-    labels: (N,) int64 on the device, or None. pixels: on the device, or None where they are streamed.
+    labels: (N,) int64 on the device, or None. pixels: on the device, or None where they are streamed. aspect: (N,) on
+    the CPU, width / height of the photographs that were squashed to these squares; 1 where they were cropped.
     """
 
-    def __init__(self, source, labels, device, workers, in_memory):
+    def __init__(self, source, labels, device, workers, in_memory, aspect=None):
         """source: uint8 (N, 3, S, S), or a `Decoder`, which gives such images one by one."""
         self.device, self.workers = device, workers
         self.source, self.pixels, self.shape = source, None, tuple(source.shape[-3:])
+        self.aspect = torch.ones(len(source)) if aspect is None else aspect
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64, device=device)
         if torch.is_tensor(source):
             self.pixels = source.to(device)
@@ -79,9 +82,11 @@ class Images:
 
 
 class Data(NamedTuple):
-    """train: what the method sees. labelled, test: what the probe trains and is scored on; None where there are no
-    labels, and `unlabelled` then says why. classes: their names."""
+    """train: what the method sees. centred: the same as an encoder sees them, resized and centre-cropped. labelled,
+    test: what the probe trains and is scored on; None where there are no labels, and `unlabelled` then says why.
+    classes: their names."""
     train: Images
+    centred: Images
     labelled: Images | None
     test: Images | None
     classes: tuple
@@ -90,7 +95,7 @@ class Data(NamedTuple):
     def __str__(self):
         """How many images there are, of what size, and where they are kept."""
         side, parts = self.train.shape[-1], [f"{len(self.train):,} training images"]
-        if self.labelled and self.labelled is not self.train:
+        if self.labelled and len(self.labelled) != len(self.train):
             parts.append(f"{len(self.labelled):,} labelled ones")
         if self.test:
             parts.append(f"{len(self.test):,} test images of {len(self.classes)} classes")
@@ -129,7 +134,7 @@ def epoch_order(n, batch_size, seed, epoch, rank=0, world=1):
     return order[: n // batch_size * batch_size].view(-1, world, batch_size // world)[:, rank]
 
 
-def load(name, data_dir, image_size, device, workers, cache_gb, seed=0):
+def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_size=None):
     """The data set `name` (one of NAMES) as a Data of image_size x image_size images.
 
     `shapes` (and `patterns`) trains on 2,000 images and probes with the labels of 500 of them, tested on 1,000: with
@@ -137,9 +142,12 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0):
 
     data_dir: where downloads are kept, or the user's folder, or a list of aligned ones (`aligned`), whose images
     come as 3 channels each. cache_gb: 10^9 bytes that may be kept on the device; a larger data set is streamed by
-    `workers` processes. seed: of `shapes` and `patterns`. Raises Refusal where images are missing or cannot be read.
+    `workers` processes. seed: of `shapes` and `patterns`. store_size: a folder's training images are squashed to
+    squares of this side, or of the largest image's, for views that are cut from the whole photograph; None: they are
+    cropped like the others.
+    Raises Refusal where images are missing or cannot be read.
     """
-    channels, why = 3, ""
+    channels, why, whole = 3, "", None
     if name in ("shapes", "patterns"):
         classes = shapes.CLASSES if name == "shapes" else shapes.PATTERNS
         (x, y), test = (shapes.draw(n, image_size, 2 * seed + i, classes) for i, n in enumerate((2000, 1000)))
@@ -152,10 +160,20 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0):
                 parts, channels = aligned(parts, roots), 3 * len(roots)
         else:
             parts, classes = distributed.first_process_first(download, name, data_dir)
+        plain = parts[0] or parts[1]
         parts = [part and (Decoder(part[0], image_size, channels), part[1]) for part in parts]
-    size = sum(len(part[0]) * channels * image_size**2 for part in parts if part)
-    train, labelled, test = (part and Images(*part, device, workers, size <= cache_gb * 1e9) for part in parts)
-    return Data(train or labelled, labelled, test, tuple(classes), why)
+        if name == "folder" and store_size:
+            sizes = torch.cat(list(DataLoader(Sizes(plain[0]), 256, num_workers=workers, generator=torch.Generator())))
+            side, aspect = max(image_size, min(store_size, int(sizes.max()))), (sizes[:, 0] / sizes[:, 1]).float()
+            if side > image_size or (aspect != 1).any():
+                whole = Decoder(plain[0], side, channels, squash=True)
+    sources = [part[0] for part in parts if part] + [whole] * (whole is not None)
+    size = sum(len(source) * channels * source.shape[-1] ** 2 for source in sources)
+    in_memory = size <= cache_gb * 1e9
+    train, labelled, test = (part and Images(*part, device, workers, in_memory) for part in parts)
+    centred = train or labelled
+    train = centred if whole is None else Images(whole, None, device, workers, in_memory, aspect)
+    return Data(train, centred, labelled, test, tuple(classes), why)
 
 
 # ---- decoding
@@ -164,10 +182,10 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0):
 class Decoder(Dataset):
     """Images of a source of paths, of (image, label) pairs, or of lists of paths, whose images are stacked: uint8
     (channels, S, S). For one that cannot be read it gives the sentence that says so: a DataLoader would wrap an
-    exception of its workers in their traceback."""
+    exception of its workers in their traceback. squash: to the square, without a crop."""
 
-    def __init__(self, source, image_size, channels=3):
-        self.source, self.shape = source, (channels, image_size, image_size)
+    def __init__(self, source, image_size, channels=3, squash=False):
+        self.source, self.shape, self.squash = source, (channels, image_size, image_size), squash
 
     def __len__(self):
         return len(self.source)
@@ -177,14 +195,33 @@ class Decoder(Dataset):
         try:
             if isinstance(item, tuple):
                 what = f"image {i}"
-                return to_pixels(item[0], self.shape[-1])
+                return to_pixels(item[0], self.shape[-1], self.squash)
             pixels = []
             for what in item if isinstance(item, list) else [item]:
                 with Image.open(what) as image:
-                    pixels.append(to_pixels(image, self.shape[-1]))
+                    pixels.append(to_pixels(image, self.shape[-1], self.squash))
             return torch.cat(pixels)
         except Exception as error:                                            # Pillow's decoders raise all sorts
             return f"{what} cannot be read as an image ({error}): mend it or leave it out"
+
+
+class Sizes(Dataset):
+    """Width and height of images of paths, or of lists of paths, whose first counts, by their headers: (2,)."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        item = self.source[i]
+        try:
+            with Image.open(item[0] if isinstance(item, list) else item) as image:
+                size = torch.tensor(image.size)
+                return size.flip(0) if image.getexif().get(ORIENTATION, 1) > 4 else size      # turned by 90 degrees
+        except Exception:                                                     # `Decoder` says which, and why
+            return torch.tensor([1, 1])
 
 
 def stack(images):
@@ -192,8 +229,9 @@ def stack(images):
     return next((image for image in images if isinstance(image, str)), None) or torch.stack(images)
 
 
-def to_pixels(image, size):
-    """Any PIL image to uint8 (3, S, S): RGB, shorter side to S, centre crop. Transparency is laid over white."""
+def to_pixels(image, size, squash=False):
+    """Any PIL image to uint8 (3, S, S): RGB, shorter side to S, centre crop, or all of it squashed to the square.
+    Transparency is laid over white."""
     if image.format == "JPEG":
         image.draft("RGB", (size, size))                                      # decodes at 1/2, 1/4 or 1/8 if enough
     image = ImageOps.exif_transpose(image)
@@ -203,7 +241,9 @@ def to_pixels(image, size):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    if image.size != (size, size):
+    if squash:
+        image = TF.resize(image, [size, size])
+    elif image.size != (size, size):
         image = TF.center_crop(TF.resize(image, size), size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 

@@ -54,15 +54,15 @@ class Run:
         self.say(f"{what}: {text} ({now - self.since:.1f} s)")
         self.since = now
 
-    def data(self, data_dir=None):
-        """(images, batches) by the settings of the run, a line each: `data.Data`, and the `data.Batches` that train.
+    def data(self, data_dir=None, store_size=None):
+        """(images, batches) by the settings of the run: `data.Data`, and the `data.Batches` that train.
 
-        data_dir: in place of settings["data_dir"].
+        data_dir: in place of settings["data_dir"]. store_size: as in `data.load`.
         """
         names = ("image_size", "workers", "cache_gb", "seed", "batch_size")
         size, workers, cache_gb, seed, batch_size = (self.settings[name] for name in names)
         place = data_dir or self.settings["data_dir"]
-        images = data.load(self.settings["dataset"], place, size, self.device, workers, cache_gb, seed)
+        images = data.load(self.settings["dataset"], place, size, self.device, workers, cache_gb, seed, store_size)
         batches = data.Batches(images.train, batch_size, seed, *distributed.rank_and_world())
         self.ready("data", images)
         return images, batches
@@ -201,7 +201,7 @@ class Run:
             self.say("\n" + linear_probe.table(accuracies, self.method))
         else:
             self.say(f"\nno linear probe and no kNN: {images.unlabelled}")
-            queries = candidates = images.train
+            queries = candidates = images.centred
             h = query_h = linear_probe.features(trained, candidates, autocast)
         self.write("neighbours.png", lambda path: pictures.neighbours(path, queries, query_h, candidates, h))
         result.update(more, seconds=sum(entry["seconds"] for entry in self.history), peak_memory=memory)

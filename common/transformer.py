@@ -13,9 +13,7 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def project(self, x):
         """(B, L, C) to queries, keys, values, each (B, heads, L, C / heads)."""
@@ -23,25 +21,21 @@ class Attention(nn.Module):
 
     def forward(self, x, causal):
         q, k, v = self.project(x)
-        if x.device.type == "cpu":
-            y = explicit_attention(q, k, v, causal)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)     # (B, heads, L, C / heads)
-        return self.out(y.transpose(1, 2).flatten(2))                         # (B, L, C)
+        attend = explicit_attention if x.device.type == "cpu" else F.scaled_dot_product_attention
+        return self.out(attend(q, k, v, is_causal=causal).transpose(1, 2).flatten(2))         # (B, L, C)
 
     def step(self, x, cache, t):
         """Position t of each sequence, x (B, C); cache (2, B, heads, L, C / heads) is filled at t."""
         q, k, v = self.project(x[:, None])                                    # (B, heads, 1, C / heads)
         cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
-        y = F.scaled_dot_product_attention(q.to(cache.dtype), *cache[:, :, :, : t + 1])
-        return self.out(y.flatten(1))                                         # (B, C)
+        return self.out(F.scaled_dot_product_attention(q.to(cache.dtype), *cache[:, :, :, : t + 1]).flatten(1))
 
 
-def explicit_attention(q, k, v, causal):
+def explicit_attention(q, k, v, is_causal):
     """scaled_dot_product_attention in matrix products, for the CPU, where its backward over short sequences is
     slow, in bf16 most of all: tests/bench.py prints by how much."""
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)                      # (B, heads, L, L)
-    if causal:
+    if is_causal:
         scores = scores + torch.full_like(scores[0, 0], float("-inf")).triu(1)
     return scores.softmax(dim=3, dtype=torch.float32).to(v.dtype) @ v
 

@@ -4,6 +4,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torchvision import transforms
 
@@ -346,3 +347,56 @@ def test_cuda_agrees_with_cpu():
         torch.testing.assert_close(views.cpu(), recipe(augment.Random(7), N, x), rtol=0, atol=5e-5)
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+# ---- views cut from the whole photograph, which is kept squashed to a square
+
+
+def photograph(width, height, seed):
+    """A smooth image with edges and some grain, as a camera gives it: uint8 (3, H, W)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = F.interpolate(torch.rand(1, 3, 12, 16, generator=generator), (height, width), mode="bicubic")[0]
+    x[:, height // 3 :, width // 4 : width // 2] += 0.3 * (torch.arange(width // 2 - width // 4) // 9 % 2)
+    x += 0.02 * torch.randn(3, height, width, generator=generator)
+    return (255 * x.clamp(0, 1)).byte()
+
+
+@pytest.mark.parametrize("width, height, bound", [(500, 375, 2.0), (375, 500, 2.0), (640, 240, 3.0), (448, 448, 1e-4)])
+def test_crops_of_a_squashed_photograph_are_torchvisions_of_the_original(width, height, bound):
+    """With the same box, to half a pixel: on average within 2 of 255 (a panorama: 3, a square of the stored size: the
+    same), for boxes of 8 % to all of the area, at 224 from 448 pixels."""
+    original = photograph(width, height, 0)
+    stored = TF.resize(TF.to_pil_image(original), [448, 448])
+    stored = TF.pil_to_tensor(stored)[None].expand(12, -1, -1, -1).float() / 255
+    aspect = torch.full((12,), width / height)
+    ours = augment.random_resized_crop(stored, augment.Random(3), 224, (0.08, 1.0), aspect)
+    tall, wide = (round(448 / min(1, width / height)), round(448 * max(1, width / height)))
+    boxes = augment.crop_boxes(augment.Random(3), 12, tall, wide, (0.08, 1.0))
+    gaps = []
+    for view, top, left, h, w in zip(ours, *boxes):
+        box = [round(float(v) * scale) for v, scale in ((top, height / tall), (left, width / wide), (h, height / tall),
+                                                        (w, width / wide))]
+        theirs = TF.resized_crop(original.float() / 255, *box, [224, 224], antialias=True)
+        gaps.append(255 * (view - theirs).abs().mean().item())
+    assert sum(gaps) / len(gaps) < bound and max(gaps) < 2 * bound
+
+
+def test_squares_are_cropped_as_before():
+    x = torch.rand(16, 3, 20, 20)
+    ours, before = (augment.random_resized_crop(x, augment.Random(0), 16, (0.1, 1.0), aspect)
+                    for aspect in (torch.ones(16), None))
+    assert torch.equal(ours, before)
+
+
+@pytest.mark.parametrize("aspect", [4 / 3, 0.5, 1.0])
+def test_every_pixel_of_the_photograph_can_be_seen_and_proportions_are_kept(aspect):
+    """By gradient, over many views; and a box is as wide as high in the photograph, on average."""
+    x = torch.zeros(2000, 1, 24, 24, requires_grad=True)
+    views = augment.random_resized_crop(x, augment.Random(0), 8, (0.08, 1.0), torch.full((2000,), aspect))
+    seen = torch.autograd.grad(views.sum(), x)[0].abs().sum(dim=(0, 1)) > 0
+    assert seen.float().mean() == 1
+    ramps = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij"))[None] / 64
+    views = augment.random_resized_crop(ramps.expand(2000, -1, -1, -1), augment.Random(1), 8, (0.05, 0.1),
+                                        torch.full((2000,), aspect))
+    tall, wide = views[:, 0, -1].mean(1) - views[:, 0, 0].mean(1), views[:, 1, :, -1].mean(1) - views[:, 1, :, 0].mean(1)
+    assert (aspect * wide / tall).log().mean().abs() < 0.05

@@ -773,3 +773,35 @@ def test_batches_go_on_at_any_step(tmp_path):
     assert [step for step, _, _ in whole] == [0, 1, 2, 3, 4] and [step for step, _, _ in rest] == [3, 4]
     for (_, index, x), (_, index_2, x_2) in zip(whole[3:], rest):
         assert index.equal(index_2) and x.equal(x_2) and x.equal(everything(batches.images)[index])
+
+
+def test_views_are_cut_from_the_whole_photograph(tmp_path):
+    """For training a folder's images are kept whole, squashed to a square; the probe sees them centre-cropped."""
+    pixels = random_pixels(30, 60, 3)
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            save(tmp_path / part / name / "a.png", pixels)
+            save(tmp_path / part / name / "tall.png", pixels.transpose(1, 0, 2))
+    data, plain = (load("folder", tmp_path, 16, CPU, 0, 1.0, store_size=size) for size in (32, None))
+    assert data.train.shape == (3, 32, 32) and data.train.aspect.tolist() == [2.0, 0.5, 2.0, 0.5]
+    whole = TF.resize(Image.fromarray(pixels), [32, 32])
+    assert data.train.at(torch.tensor([0]))[0].equal(TF.pil_to_tensor(whole))
+    for images in (data.centred, data.labelled, data.test, plain.train):
+        assert everything(images).equal(everything(plain.train)) and images.aspect.tolist() == [1.0] * 4
+    assert load("folder", tmp_path, 16, CPU, 0, 1.0, store_size=500).train.shape == (3, 60, 60)   # no more than there is
+    unlabelled = load("folder", tmp_path / "train", 16, CPU, 0, 1.0, store_size=32)
+    assert unlabelled.train.shape == (3, 32, 32) and everything(unlabelled.centred).equal(everything(plain.train))
+
+
+def test_square_images_of_the_size_are_kept_once(tmp_path):
+    labelled_folder(tmp_path)
+    data = load("folder", tmp_path, 16, CPU, 0, 1.0, store_size=32)
+    assert data.train is data.labelled is data.centred
+
+
+def test_a_turned_photograph_has_its_turned_aspect(tmp_path):
+    image = Image.fromarray(random_pixels(30, 60, 3))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert load("folder", tmp_path, 16, CPU, 0, 1.0, store_size=32).train.aspect.tolist() == [0.5]

@@ -129,11 +129,11 @@ def test_neighbours():
     """A memorised sample stands before its original, at 0; without test images there is nothing said of them."""
     train, test = images(20), images(10, seed=1)
     samples = train.pixels[[3, 5, 8]] / 255
-    gaps, rows = frechet.neighbours(samples, Data(train, None, test, ()), lambda x: x / 255, shown=2)
+    gaps, rows = frechet.neighbours(samples, Data(train, train, None, test, ()), lambda x: x / 255, shown=2)
     assert rows.shape == (2, 8, 3, 8, 8) and torch.equal(rows[:, 0], samples[:2])
     assert torch.equal(rows[:, 1], samples[:2]) and not torch.equal(rows[:, 2], samples[:2])
     assert gaps["samples"] == {"mean": 0, "least": 0} and 0 < gaps["test"]["least"] <= gaps["test"]["mean"]
-    gaps, _ = frechet.neighbours(samples, Data(train, None, None, ()), lambda x: x / 255)
+    gaps, _ = frechet.neighbours(samples, Data(train, train, None, None, ()), lambda x: x / 255)
     assert gaps.keys() == {"samples"}
     text = frechet.table({"nearest": gaps, "frechet": {"images": 3, "samples": 2.5, "test": 0.125, "seen": 1.0}})
     assert "to 3 test images" in text and [line.split()[-1] for line in text.splitlines()[-3:]] == ["2.5", "0.125", "1"]

@@ -399,7 +399,7 @@ def test_evaluate():
 
     def leak(x):
         return torch.eye(4)[(255 * x[:, 0, 0, 0] / 60).round().long()]
-    results, x = linear_probe.evaluate(Data(train, train, test, tuple("abcd")), {
+    results, x = linear_probe.evaluate(Data(train, train, train, test, tuple("abcd")), {
         "untrained": Function(lambda x: x[:, 1].flatten(1)), "trained": Function(leak)})
     assert results["linear"]["trained"] == results["knn"]["trained"] == 1
     assert abs(results["linear"]["untrained"] - 0.25) < 0.08 and abs(results["knn"]["untrained"] - 0.25) < 0.08

@@ -178,12 +178,12 @@ def neighbours(samples, images, seen, shown=16):
     many test images, from the nearest training image; and the first samples, each before the training images nearest
     to it, (shown, 1 + k, 3, S, S). images: `data.Data`.
     """
-    gap, index = nearest(samples, images.train, seen)                         # (k, N)
+    gap, index = nearest(samples, images.centred, seen)                         # (k, N)
     gaps = {"samples": gap[0]}
     if images.test:
         test = seen(images.test.at(images.test.random_indices(len(samples))))
-        gaps["test"] = nearest(test, images.train, seen)[0][0]
-    beside = seen(images.train.at(index[:, :shown].T.flatten())).unflatten(0, (-1, len(index)))
+        gaps["test"] = nearest(test, images.centred, seen)[0][0]
+    beside = seen(images.centred.at(index[:, :shown].T.flatten())).unflatten(0, (-1, len(index)))
     return ({name: {"mean": x.mean().item(), "least": x.min().item()} for name, x in gaps.items()},
             torch.cat([samples[:shown, None], beside], dim=1))
 

@@ -115,7 +115,7 @@ def detect(images, labelled_x, encoder, outside, generator, autocast):
     """
     def encode(part):
         return linear_probe.features(encoder, part, autocast)                 # (N, D)
-    train_x = encode(images.train)
+    train_x = encode(images.centred)
     if not images.test:
         if len(train_x) < 4:
             raise Refusal(f"--ood needs more images to compare with than {len(train_x)}")
