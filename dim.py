@@ -21,10 +21,9 @@ map) and Y, and AMDIM's global vector.
     python dim.py --dataset cifar10 --estimator infonce     # the paper's encoder
     python dim.py --dataset cifar10 --objective multiscale  # AMDIM
 
-Differences from the papers: a cosine after a warm-up, decoupled decay, inputs in [0, 1] without normalisation. DIM:
-T without batch norm, scores / sqrt(D), the adversary's gradient reversed, without a penalty (the authors' code: the
-non-saturating loss); three layers at any size. AMDIM: batch norm inside the blocks, ordinary initialisation, embeddings
-without shortcut and output norm, one position for both views, shifts up to 64 pixels.
+Differences from the papers: a cosine after a warm-up (DIM: constant, AMDIM: steps); inputs in [0, 1] without
+normalisation; DIM's scores / sqrt(D), without which `shapes` is learnt to 38.3 in place of 48.6; global T an MLP of a
+convolutional summary, where the authors copy the encoder's layers.
 
 Measured, linear probe / kNN: `shapes`, local, two views, 53.3 / 33.1 (untrained 25.1 / 19.5), 49 s on an EPYC's core.
 """
@@ -74,7 +73,8 @@ def inner_products(a, b):
 class Encoder(nn.Module):
     """(N, 3, S, S) to fc (N, 16 width); `layers` also gives the local map (N, C, M, M), conv (N, ...) and Y (N, dim).
 
-    arch "conv" is the paper's for 32 pixels (width 64): M = S / 4, conv is the next layer's map, flattened. "resnet18":
+    arch "conv" is the paper's for 32 pixels (width 64), a layer more at 64: M = 8 there, conv is the next layer's map,
+    flattened. "resnet18":
     the local map is layer3's, conv the mean of layer4's.
     """
 
@@ -84,10 +84,12 @@ class Encoder(nn.Module):
             return nn.Sequential(nn.Conv2d(channels, out, 4, 2, padding=1, bias=False), nn.BatchNorm2d(out),
                                  nn.ReLU(inplace=True))
         if arch == "conv":
-            self.lower = nn.Sequential(stage(3, width), stage(width, 2 * width))
-            self.upper = stage(2 * width, 4 * width)
-            self.local_dim, self.positions = 2 * width, (image_size // 4) ** 2
-            self.conv_dim = 4 * width * (image_size // 8) ** 2
+            lower, last = [stage(3, width), stage(width, 2 * width)], 2 * width
+            while image_size // 2 ** len(lower) >= 16:                        # from 64 pixels on
+                lower, last = [*lower, stage(last, 2 * last)], 2 * last
+            side = image_size // 2 ** len(lower)
+            self.lower, self.upper = nn.Sequential(*lower), stage(last, 2 * last)
+            self.local_dim, self.positions, self.conv_dim = last, side**2, 2 * last * (side // 2) ** 2
         else:
             net = getattr(resnet, arch)(stem, width)
             self.lower = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3)
@@ -111,19 +113,40 @@ class Encoder(nn.Module):
         return {"local": local, "conv": conv, "fc": fc, "Y": self.y(fc)}
 
 
+def near_identity(layer):
+    """The layer with weights that begin as the identity, where inputs and outputs have the same number, plus noise."""
+    with torch.no_grad():
+        layer.weight.uniform_(-0.01, 0.01)
+        diagonal = range(min(layer.weight.shape[:2]))
+        layer.weight[diagonal, diagonal] = 1.0
+    return layer
+
+
+class Embedding(nn.Module):
+    """Of T, encode-and-dot: (..., dim) through a hidden layer beside a near-identity, normalised, to (..., units)."""
+
+    def __init__(self, dim, units):
+        super().__init__()
+        self.shortcut, self.norm = near_identity(nn.Linear(dim, units, bias=False)), nn.LayerNorm(units)
+        self.hidden, self.bn = nn.Linear(dim, units, bias=False), nn.BatchNorm1d(units)
+        self.out = nn.Linear(units, units)
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)                                               # (M, dim)
+        y = self.out(F.relu(self.bn(self.hidden(flat)))) + self.shortcut(flat)
+        return self.norm(y).view(*x.shape[:-1], -1)
+
+
 class Dot(nn.Module):
-    """T(c, Y), encode-and-dot: each through a hidden layer beside a linear shortcut; every Y with every c."""
+    """T(c, Y), encode-and-dot: every Y with every c."""
 
     def __init__(self, y_dim, channels, units):
         super().__init__()
-        def embedding(dim):
-            return nn.ModuleList([nn.Sequential(nn.Linear(dim, units), nn.ReLU(), nn.Linear(units, units)),
-                                  nn.Linear(dim, units)])
-        self.y, self.c, self.norm = embedding(y_dim), embedding(channels), nn.LayerNorm(units)
+        self.y, self.c = Embedding(y_dim, units), Embedding(channels, units)
 
     def forward(self, y, c):
         """y (N, y_dim), c (N, L, channels) to scores and positives (N, N L)."""
-        return inner_products(sum(f(y) for f in self.y), self.norm(sum(f(c) for f in self.c)))
+        return inner_products(self.y(y), self.c(c))
 
 
 class Concat(nn.Module):
@@ -173,10 +196,21 @@ class DIM(nn.Module):
             cs = [local.flatten(2).transpose(1, 2) for local in maps]         # (N, M M, C)
             terms.append(-self.beta * self.information(self.local_critic, ys, cs))
         if self.gamma > 0:
-            real = self.prior(distributed.gather(uniform)).float()
-            fake = self.prior(reversed_gradient(torch.cat(ys).sigmoid(), self.gamma)).float()
-            terms.append(F.softplus(-real).mean() + F.softplus(fake).mean())
+            terms.append(self.prior_matching(distributed.gather(uniform), torch.cat(ys).sigmoid()))
         return out["fc"], terms
+
+    def prior_matching(self, real, fake):
+        """real: (M, dim) draws of the uniform distribution, fake: sigmoid(Y). D descends its cross-entropy, log 4 at
+        chance, with a penalty of its gradient of weight 1; the encoder descends gamma times the loss that is not
+        saturating, -log D(fake)."""
+        loss = 0.0
+        for x, sign in ((real, -1.0), (fake.detach(), 1.0)):
+            x = x.requires_grad_()
+            score = self.prior(x).float()
+            slope, = torch.autograd.grad(score.sum(), x, create_graph=True)
+            loss = loss + F.softplus(sign * score).mean() + 0.5 * slope.square().sum(dim=1).mean()
+        still = {name: p.detach() for name, p in self.prior.named_parameters()}                # the encoder's alone
+        return loss + self.gamma * F.softplus(-torch.func.functional_call(self.prior, still, fake).float()).mean()
 
     def information(self, critic, ys, cs):
         """The mean over the views."""
@@ -187,52 +221,50 @@ class DIM(nn.Module):
         return total / len(ys)
 
 
-def reversed_gradient(x, gamma):
-    """x itself, whose gradient is -gamma times what arrives: the encoder ascends where the adversary descends."""
-    return (1 + gamma) * x.detach() - gamma * x
-
-
 # ---- AMDIM
 
 
-class Convolution(nn.Module):
-    """A convolution without padding and a 1 x 1 convolution, beside a mean of the same window."""
+class Residual(nn.Module):
+    """A convolution without padding and a 1 x 1 convolution that begins at 0, beside a mean over the same window."""
 
     def __init__(self, channels, out, size, stride):
         super().__init__()
         self.size, self.stride, self.extra = size, stride, out - channels
-        self.first = nn.Sequential(nn.Conv2d(channels, out, size, stride, bias=False), nn.BatchNorm2d(out),
-                                   nn.ReLU(inplace=True))
-        self.second = nn.Conv2d(out, out, 1, bias=False)
+        self.conv1 = nn.Conv2d(channels, out, size, stride, bias=False)
+        self.conv2 = nn.Conv2d(out, out, 1, bias=False)
+        nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x):
         shortcut = F.avg_pool2d(x, self.size, self.stride) if self.size > 1 else x
-        return self.second(self.first(x)) + F.pad(shortcut, (0, 0, 0, 0, 0, self.extra))
+        return self.conv2(F.relu(self.conv1(x))) + F.pad(shortcut, (0, 0, 0, 0, 0, self.extra))
 
 
 class MultiscaleEncoder(nn.Module):
-    """(N, 3, S, S) to (N, dim), S = 32, 64, 128 ... `layers` gives this as 1 of {7: (N, 4 width, 7, 7), 5: (N, 4 width,
-    5, 5), 1: (N, dim)}.
+    """(N, 3, S, S) to (N, dim), S = 32, 64, 128 ... `layers` gives this as 1 of {7: (N, C, 7, 7), 5: (N, C, 5, 5),
+    1: (N, dim)}, C = `channels`, 4 width at 32 pixels, else 8 width.
 
-    Nothing is padded and most layers are 1 x 1, so that a vector of the 7 x 7 map has seen S / 4 pixels, of the 5 x 5
-    map S / 2: a task between places would be idle if each had seen all of the image.
+    Hardly anything is padded and most layers are 1 x 1, so that a vector of the 7 x 7 map has seen about S / 4 pixels,
+    of the 5 x 5 map S / 2: a task between positions would be idle if each had seen all of the image.
     """
 
     def __init__(self, image_size, width, dim, depth):
         super().__init__()
         def block(channels, out, size, stride):
-            return nn.Sequential(Convolution(channels, out, size, stride),
-                                 *(Convolution(out, out, 1, 1) for _ in range(depth - 1)))
-        halvings = int(math.log2(image_size // 32))
-        stem = (5, 2) if halvings > 1 else (3, 1)                             # size, stride
-        self.to_7 = nn.Sequential(
-            nn.Conv2d(3, width, *stem, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-            *(block(width, width, 4, 2) for _ in range(halvings - (stem[1] == 2))),
-            block(width, 2 * width, 4, 2), block(2 * width, 4 * width, 2, 2), nn.BatchNorm2d(4 * width))
-        self.to_5 = block(4 * width, 4 * width, 3, 1)
-        self.to_1 = nn.Sequential(block(4 * width, 4 * width, 3, 1), Convolution(4 * width, dim, 3, 1),
-                                  nn.BatchNorm2d(dim), nn.Flatten())
-        self.feature_dim = dim
+            return [Residual(channels, out, size, stride), *(Residual(out, out, 1, 1) for _ in range(depth - 1))]
+        stem, channels = [], 3
+        for _ in range(int(math.log2(image_size // 64)) if image_size > 64 else 0):
+            stem += [nn.Conv2d(channels, width, 5, 2, padding=2, padding_mode="reflect"), nn.ReLU(inplace=True)]
+            channels = width
+        stem += [nn.Conv2d(channels, width, 3), nn.ReLU(inplace=True)]
+        if image_size == 32:
+            stem, last = stem + [Residual(width, width, 1, 1)], 2 * width
+        else:
+            stem, last = stem + block(width, 2 * width, 4, 2), 4 * width
+        self.channels, self.feature_dim = 2 * last, dim
+        self.to_7 = nn.Sequential(*stem, *block(last // 2, last, 4, 2), *block(last, 2 * last, 2, 2))
+        self.to_5 = nn.Sequential(*block(2 * last, 2 * last, 3, 1))
+        self.to_1 = nn.Sequential(*block(2 * last, 2 * last, 3, 1), Residual(2 * last, dim, 3, 1), nn.BatchNorm2d(dim),
+                                  nn.Flatten())
 
     def forward(self, x):
         return self.layers(x)[1]
@@ -246,23 +278,36 @@ class MultiscaleEncoder(nn.Module):
         return {7: map_7, 5: map_5, 1: self.to_1(map_5)}
 
 
+class MapEmbedding(nn.Module):
+    """Of a map (N, C, H, W) to (N, dim, H, W): two 1 x 1 convolutions, the second of which begins at 0, beside a
+    near-identity; then batch norm."""
+
+    def __init__(self, channels, dim):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(channels, dim, 1, bias=False), nn.Conv2d(dim, dim, 1, bias=False)
+        self.shortcut, self.bn = near_identity(nn.Conv2d(channels, dim, 1)), nn.BatchNorm2d(dim)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x):
+        return self.bn(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
+
+
 class AMDIM(nn.Module):
     """Encoder and the embeddings of its maps, in which vectors of all scales are compared."""
 
-    def __init__(self, encoder, width, clip=20.0, penalty=0.05):
+    def __init__(self, encoder, clip=20.0, penalty=0.05):
         super().__init__()
         self.encoder, self.clip, self.penalty = encoder, clip, penalty
-        self.embeddings = nn.ModuleDict({scale: nn.Sequential(
-            nn.Conv2d(4 * width, encoder.feature_dim, 1, bias=False), nn.BatchNorm2d(encoder.feature_dim),
-            nn.ReLU(inplace=True), nn.Conv2d(encoder.feature_dim, encoder.feature_dim, 1)) for scale in ("5", "7")})
+        self.embeddings = nn.ModuleDict(
+            {scale: MapEmbedding(encoder.channels, encoder.feature_dim) for scale in ("5", "7")})
 
     def forward(self, views, position):
-        """views (2 N, 3, S, S), the two of each image N rows apart; position (N,) in 0..24, which vector of the 5 x 5
+        """views (2 N, 3, S, S), the two of each image N rows apart; position (2 N,) in 0..24, which vector of its 5 x 5
         map predicts: the global vectors (2 N, dim), the loss, and the penalty of large scores."""
-        maps, n = self.encoder.layers(views), len(position)
+        maps = self.encoder.layers(views)
         embedded = {scale: self.embeddings[str(scale)](maps[scale]).flatten(2).transpose(1, 2).float()
                     for scale in (5, 7)}                                      # (2 N, scale^2, dim)
-        predicting = {1: maps[1].float(), 5: embedded[5][torch.arange(2 * n), position.repeat(2)]}          # (2 N, dim)
+        predicting = {1: maps[1].float(), 5: embedded[5][torch.arange(len(views)), position]} # (2 N, dim)
         loss = penalty = 0.0
         for source, target in ((1, 5), (1, 7), (5, 5)):
             a, b = predicting[source].chunk(2), embedded[target].chunk(2)     # of each view
@@ -279,10 +324,10 @@ def bounded(scores, clip):
 
 
 def view(x, rng, size, aspect=None):
-    """One random view of each image but for the flip, which both views share (appendix, CIFAR; where images are larger
-    than 64 pixels a crop in place of the shift): x float (N, 3, H, W) to (N, 3, size, size) in [0, 1]."""
-    if size > 64:
-        x = augment.random_resized_crop(x, rng, size, (0.3, 1.0), aspect)
+    """One random view of each image but for the flip, which both views share (appendix, CIFAR; from 64 pixels on a crop
+    in place of the shift): x float (N, 3, H, W) to (N, 3, size, size) in [0, 1]."""
+    if size >= 64:
+        x = augment.random_resized_crop(x, rng, size, (0.3, 1.0), aspect, ratio=(0.7, 1.4))
     else:
         shifted = (rng.uniform(len(x)) < 0.8).to(x.device)[:, None, None, None]
         x = torch.where(shifted, augment.random_shift(x, rng, reach=size // 8), x)
@@ -327,10 +372,11 @@ DEFAULTS = [  # of a run that makes these choices, where they differ from those 
     (dict(dataset="folder"), dict(image_size=128, arch="resnet18", stem="imagenet")),
     (dict(objective="global"), dict(alpha=1.0, beta=0.0, gamma=1.0)),
     (dict(objective="both"), dict(alpha=0.5, beta=1.0)),
+    (dict(critic="concat"), dict(units=512)),
     (dict(small=True), dict(image_size=32, arch="conv", stem="cifar", width=32, units=512, estimator="infonce",
                             epochs=20, lr=5e-4)),
     (dict(objective="multiscale"), dict(views=2, estimator="infonce", arch="conv", stem="cifar", width=128, units=1024,
-                                        batch_size=256, lr=2e-4, weight_decay=1e-5, epochs=300)),
+                                        batch_size=200, lr=2e-4, weight_decay=1e-5, epochs=300)),
     (dict(dataset="shapes", objective="multiscale"), dict(width=16, units=128, epochs=20, batch_size=64, lr=1e-3)),
     (dict(small=True, objective="multiscale"), dict(image_size=32, width=16, units=256, depth=1, epochs=5,
                                                     batch_size=128, lr=1e-3)),
@@ -352,15 +398,15 @@ def arguments(argv):
     number("--gamma", 0.1, "[0, inf)", "weight of the adversary that makes Y uniform")
     add("--arch", choices=("conv", "resnet18", "resnet34", "resnet50"), default="conv", help="DIM's encoder")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers of a ResNet")
-    number("--width", 64, "[1, inf)", "channels of the encoder's first layer (AMDIM: 256)")
-    number("--depth", 3, "[1, inf)", "convolutions of each of AMDIM's blocks (AMDIM: 10)")
+    number("--width", 64, "[1, inf)", "channels of the encoder's first layer (AMDIM: 128)")
+    number("--depth", 3, "[1, inf)", "convolutions of each of AMDIM's blocks (ImageNet: 10)")
     number("--units", 2048, "[1, inf)", "of T's hidden layers (dot: 2048, concat: 512); dimensions of AMDIM's vectors "
-        "(2048)")
+        "(1024)")
     number("--epochs", 200, "[1, inf)", "passes over the training images")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
-    number("--batch-size", 64, "[2, inf)", "images a step, over all processes (AMDIM: 480)")
+    number("--batch-size", 64, "[2, inf)", "images a step, over all processes (AMDIM: 200)")
     number("--lr", 1e-4, "(0, inf)", "peak learning rate of Adam")
-    number("--weight-decay", 0.0, "[0, inf)", "of all weights, decoupled (AdamW)")
+    number("--weight-decay", 0.0, "[0, inf)", "of all weights")
     args = parser.parse(argv, DEFAULTS)
     multiscale = args.objective == "multiscale"
     unused = ("estimator", "critic", "alpha", "beta", "gamma", "arch", "stem") if multiscale else ("depth",)
@@ -371,8 +417,9 @@ def arguments(argv):
         if args.image_size % 32 or (args.image_size // 32).bit_count() > 1:
             raise Refusal(f"--image-size {args.image_size} does not end in maps of 7 and 5: --objective multiscale "
                           f"takes 32, 64, 128 ...")
-        if args.units < 4 * args.width:
-            raise Refusal(f"--units {args.units} is less than the encoder's channels, 4 times --width {args.width}")
+        channels = (4 if args.image_size == 32 else 8) * args.width           # of the encoder's maps
+        if args.units < channels:
+            raise Refusal(f"--units {args.units} is less than the encoder's {channels} channels: lower --width")
     elif args.alpha == args.beta == 0:
         raise Refusal("--alpha 0 with --beta 0 leaves no objective: give one of them a weight")
     elif args.arch == "conv" and args.image_size % 8:
@@ -390,13 +437,13 @@ def main(argv=None):
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
-    crops = args.views == 2 and args.image_size > 64
+    crops = args.views == 2 and args.image_size >= 64
     images, batches = run.data(store_size=2 * args.image_size if crops else None)
 
     def new_model():
         torch.manual_seed(args.seed)
         if multiscale:
-            model = AMDIM(build_encoder(args), args.width)
+            model = AMDIM(build_encoder(args))
         else:
             model = DIM(build_encoder(args), args.views, args.alpha, args.beta, args.gamma, args.estimator, args.critic,
                         args.units)
@@ -407,7 +454,7 @@ def main(argv=None):
     net = torch.compile(net) if args.compile else net
     run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
     betas = (0.8, 0.999) if multiscale else (0.9, 0.999)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas, weight_decay=args.weight_decay)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, betas, weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
     rng = augment.Random(args.seed, rank, world)
@@ -429,11 +476,11 @@ def main(argv=None):
                 aspect = images.train.aspect[index]
                 views = random_views(x, rng, args.image_size, args.views, aspect)             # (V N, 3, S, S)
                 if multiscale:
-                    draws = (25 * rng.uniform(len(x))).long().to(device)      # (N,), positions in the 5 x 5 map
+                    draws = [(25 * rng.uniform(len(x))).long() for _ in range(2)]             # positions, 5 x 5
                 else:
-                    draws = torch.cat([rng.uniform(len(x), 64) for _ in range(args.views)]).to(device)      # uniform
+                    draws = [rng.uniform(len(x), 64) for _ in range(args.views)]
                 with autocast:
-                    h, terms = net(views, draws)
+                    h, terms = net(views, torch.cat(draws).to(device))
                 optimizer.zero_grad()
                 scaler.scale(sum(terms)).backward()
                 scaler.step(optimizer)                                        # skipped where a gradient overflowed

@@ -102,17 +102,17 @@ def crop_boxes(rng, n, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     return top, torch.where(any_fits, left, ((width - w) / 2).floor()), h, w
 
 
-def random_resized_crop(x, rng, size, scale, aspect=None):
-    """A box of each image's own, of a share of its area in `scale`, resized to size x size.
+def random_resized_crop(x, rng, size, scale, aspect=None, ratio=(3 / 4, 4 / 3)):
+    """A box of each image's own, of a share of its area in `scale` and a shape in `ratio`, resized to size x size.
 
     aspect: (N,) on the CPU, width / height of the photographs that were squashed to the squares x, None: 1. The box has
     its shape and its share in the photograph.
     """
     height, width = x.shape[2:]
     if aspect is None:
-        return resized_crop(x, *crop_boxes(rng, len(x), height, width, scale), size)
+        return resized_crop(x, *crop_boxes(rng, len(x), height, width, scale, ratio), size)
     tall, wide = (height / aspect.clamp(max=1)).round(), (width * aspect.clamp(min=1)).round()
-    top, left, h, w = crop_boxes(rng, len(x), tall, wide, scale)
+    top, left, h, w = crop_boxes(rng, len(x), tall, wide, scale, ratio)
     return resized_crop(x, top * height / tall, left * width / wide, h * height / tall, w * width / wide, size)
 
 

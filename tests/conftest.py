@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 TINY = {"simclr": "--image-size 8 --width 4 --blur 0.5 --stem cifar",
-        "moco": "--image-size 8 --width 4 --blur 0.5 --stem cifar --negatives 12 --bn-groups 2",
+        "moco": "--image-size 8 --width 4 --blur 0.5 --stem cifar --negatives 10 --bn-groups 2",
         "cmc": "--image-size 8 --width 4 --stem cifar --negatives 12",
         "cpc": "--image-size 8 --patch 4 --stride 2 --steps 2 --width 4 --context-width 8 --stem cifar --arch resnet18",
         "dim": "--image-size 8 --width 4 --units 8 --arch conv",
@@ -72,7 +73,7 @@ def tiny(images):
     """tiny(script or its name, *more flags): the arguments of a run of two epochs of five steps."""
     def argv(script, *more):
         name = getattr(script, "__name__", script)
-        flags = TINY[name].replace("--negatives 12", "") if "end-to-end" in more else TINY[name]
+        flags = re.sub("--negatives 1[02]", "", TINY[name]) if "end-to-end" in more else TINY[name]
         return [*f"--dataset folder --data-dir {images} --batch-size 8 --epochs 2 --workers 0 --device cpu --amp off "
                 f"{flags}".split(), *map(str, more)]
     return argv

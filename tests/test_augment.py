@@ -398,5 +398,6 @@ def test_every_pixel_of_the_photograph_can_be_seen_and_proportions_are_kept(aspe
     ramps = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij"))[None] / 64
     views = augment.random_resized_crop(ramps.expand(2000, -1, -1, -1), augment.Random(1), 8, (0.05, 0.1),
                                         torch.full((2000,), aspect))
-    tall, wide = views[:, 0, -1].mean(1) - views[:, 0, 0].mean(1), views[:, 1, :, -1].mean(1) - views[:, 1, :, 0].mean(1)
+    tall = (views[:, 0, -1] - views[:, 0, 0]).mean(1)
+    wide = (views[:, 1, :, -1] - views[:, 1, :, 0]).mean(1)
     assert (aspect * wide / tall).log().mean().abs() < 0.05

@@ -788,7 +788,7 @@ def test_views_are_cut_from_the_whole_photograph(tmp_path):
     assert data.train.at(torch.tensor([0]))[0].equal(TF.pil_to_tensor(whole))
     for images in (data.centred, data.labelled, data.test, plain.train):
         assert everything(images).equal(everything(plain.train)) and images.aspect.tolist() == [1.0] * 4
-    assert load("folder", tmp_path, 16, CPU, 0, 1.0, store_size=500).train.shape == (3, 60, 60)   # no more than there is
+    assert load("folder", tmp_path, 16, CPU, 0, 1.0, store_size=500).train.shape == (3, 60, 60)   # all there is
     unlabelled = load("folder", tmp_path / "train", 16, CPU, 0, 1.0, store_size=32)
     assert unlabelled.train.shape == (3, 32, 32) and everything(unlabelled.centred).equal(everything(plain.train))
 

@@ -181,7 +181,7 @@ def test_judges_any_run_as_its_script_did(run, script, finished, capsys):
 def test_judges_labels_finetuning_and_strangers(run, script, images, capsys):
     """All of it at once, added to what was there; the folder's own images are not strange, AUROC one half."""
     judge(run)
-    result = judge(run, "--labels", 0.1, 0.5, "--draws", 2, "--finetune", "--steps", 2, "--frozen-stages", 1,
+    result = judge(run, "--labels", 0.1, 0.5, "--draws", 2, "--finetune", "--epochs", 1, "--frozen-stages", 1,
                    "--ood", "patterns", images / "test")
     assert {"linear", "labels", "finetune", "ood"} <= result.keys()
     few = result["labels"]["0.1"]
@@ -242,7 +242,7 @@ def test_autocast_leaves_the_tokens():
 
 @pytest.mark.parametrize("flags, named", [
     (["--finetune", "--frozen-stages", 9], "--frozen-stages"), (["--frozen-stages", 1], "without --finetune"),
-    (["--steps", 5], "without --finetune"), (["--draws", 2], "without --labels"), (["--draws", 0], "--draws"),
+    (["--epochs", 5], "without --finetune"), (["--draws", 2], "without --labels"), (["--draws", 0], "--draws"),
     (["--blocks"], "--blocks"), (["--ood", "nowhere"], "--ood nowhere"),
     (["--ood", "cifar11"], "--ood cifar11"), (["--labels", 2], "--labels"), (["--dataset", "mnist"], "--dataset")])
 def test_refusals(flags, named, finished, here):
@@ -284,7 +284,7 @@ def test_results_are_added(here, finished):
     result = judge(here / "run", "--ood", "shapes", "--labels", 0.2)
     assert result["ood"].keys() == {"patterns", "shapes"} and result["labels"].keys() == {"0.5", "0.2"}
     for frozen in (0, 5):                                                     # a sweep over what is frozen
-        result = judge(here / "run", "--finetune", "--frozen-stages", frozen, "--steps", 1)
+        result = judge(here / "run", "--finetune", "--frozen-stages", frozen, "--epochs", 1)
     assert [swept["frozen_weights"] for swept in result["finetune"].values()] == [0, 1]
     (here / "run" / "evaluation.json").write_text("{")
     with pytest.raises(Refusal, match="evaluation.json is damaged"):
@@ -316,7 +316,8 @@ def test_encoder_starts_torchvisions_detector_and_segmenter(tmp_path):
     missing = whole.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys and set(missing.missing_keys) == {"fc.weight", "fc.bias"}
     detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64)
+        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64, image_mean=[0, 0, 0],
+        image_std=[1, 1, 1])
     segmenter = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=3)
     body, backbone = detector.backbone.body, segmenter.backbone
     body.load_state_dict(state)

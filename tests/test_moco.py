@@ -1,12 +1,17 @@
 """MoCo's loss against its equation, its dictionaries by value, and the leak that shuffling batch norm closes."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import cmc
+import dim
 import moco
+import simclr
 from common import augment
+from common.cli import Refusal
 
 
 def unit(*shape):
@@ -216,3 +221,44 @@ def test_steps_of_the_rate():
     """v1: a tenth at epoch 120 and again at 160 of 200."""
     factors = [moco.step_decay(epoch, 200) for epoch in (0, 119, 120, 159, 160, 199)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("count, length", [(50_000, 4096), (1_281_167, 65536), (5000, 256), (300, 25), (2000, 256)])
+def test_the_queues_length_follows_the_images(count, length, monkeypatch):
+    """About a twelfth, so that a query seldom meets its own image's keys; 65,536 for ImageNet, as in the paper."""
+    class Seen(Exception):
+        pass
+
+    def stop(*_, **__):
+        raise Seen
+    run = SimpleNamespace(data=lambda **_: (SimpleNamespace(train=range(count)), None))
+    settings = moco.arguments(["--dataset", "cifar10"])
+    monkeypatch.setattr(moco, "arguments", lambda argv: settings)
+    monkeypatch.setattr(moco, "Run", lambda *_, **__: run)
+    monkeypatch.setattr(moco, "EncoderWithHead", stop)
+    with pytest.raises(Seen):
+        moco.main([])
+    assert settings.negatives == length
+
+
+def test_a_queue_longer_than_a_quarter_of_the_images_is_refused(tiny, here):
+    with pytest.raises(Refusal, match="--negatives 11 is more than a quarter of the 40 images"):
+        moco.main(tiny("moco", "--negatives", 11))
+
+
+@pytest.mark.parametrize("script, flags, settings", [  # the recipe, and where it is from
+    (simclr, "--dataset cifar10", dict(lr=0.03, weight_decay=5e-4, crop_min=0.2)),            # dkobak/simclr-cifar10
+    (simclr, "--dataset cifar10 --optimizer lars", dict(lr=1.0, weight_decay=1e-4, tau=0.5)),  # google-research/simclr
+    (simclr, "--dataset folder", dict(optimizer="lars", lr=0.3, weight_decay=1e-6, tau=0.1, crop_min=0.08, blur=0.5)),
+    (moco, "--dataset folder", dict(crop_min=0.2, tau=0.2, m=0.999, batch_size=256, lr=0.03, head="mlp", blur=0.5)),
+    (moco, "--dataset cifar10 --dictionary memory-bank", dict(                                # zhirongw/lemniscate
+        negatives=0, batch_size=128, lr=0.06, augmentation="v1", crop_min=0.2, tau=0.1, bank_m=0.5, weight_decay=5e-4)),
+    (cmc, "--dataset folder", dict(tau=0.07, crop_min=0.08, negatives=16384)),                # HobbitLong/CMC
+    (cmc, "--dataset cifar10", dict(batch_size=128, lr=0.06)),                                # 0.03 at 128
+    (dim, "--dataset cifar10 --critic concat", dict(units=512)),                              # 1808.06670, appendix
+    (dim, "--dataset cifar10 --objective multiscale", dict(                                   # amdim-public
+        width=128, units=1024, depth=3, batch_size=200, lr=2e-4, weight_decay=1e-5, epochs=300))],
+    ids=lambda value: getattr(value, "__name__", value) if not isinstance(value, dict) else "")
+def test_defaults_are_their_sources(script, flags, settings):
+    args = vars(script.arguments(flags.split()))
+    assert {name: args[name] for name in settings} == settings

@@ -114,7 +114,7 @@ def test_training_moves_every_weight(script, finished):
     run = finished(script)
     torch.manual_seed(0)
     model = {"simclr": lambda: simclr.SimCLR(resnet.resnet18("cifar", 4)), "gcrl": lambda: gcrl.GCRL(4, 8, 8, 1, 1, 2),
-             "moco": lambda: moco.MoCo(moco.EncoderWithHead("resnet18", "cifar", 4, "mlp", 2), "queue", 12),
+             "moco": lambda: moco.MoCo(moco.EncoderWithHead("resnet18", "cifar", 4, "mlp", 2), "queue", 10),
              "cmc": lambda: cmc.CMC(cmc.Encoder("lab", "resnet18", "cifar", 4), 40),
              "cpc": lambda: cpc.CPC(cpc.Encoder("resnet18", "cifar", 4, "layer", 4, 2), 4, [2], 8),
              "dim": lambda: dim.DIM(dim.Encoder("conv", "cifar", 4, 8), 1, 0, 1, 0.1, "jsd", "dot", 8),

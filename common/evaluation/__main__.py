@@ -22,7 +22,8 @@ def arguments(argv):
     number("--draws", 5, "[1, inf)", "draws of labels for each share")
     add("--finetune", action="store_true", help="fine-tune the encoder on the labels, beside the same from scratch")
     number("--frozen-stages", 0, "[0, inf)", "first stages that --finetune leaves as they are")
-    number("--steps", 500, "[1, inf)", "steps of --finetune, 64 images each")
+    number("--epochs", None, "[1, inf)", "passes of --finetune over the labelled images, twice as many from scratch "
+        "(default: 60 where a hundredth of the labels or less is used, else 30)", kind=int)
     add("--ood", nargs="+", default=None, metavar="D",
         help="data sets, or folders of images, to tell from the run's own")
     add("--blocks", action="store_true", help="a linear probe on each block of a generator, and a picture, blocks.png")
@@ -32,7 +33,7 @@ def arguments(argv):
     number("--cache-gb", 8.0, "[0, inf)", "GB of decoded images kept on the device")
     args = parser.parse_args(sys.argv[1:] if argv is None else [str(a) for a in argv])
     if not args.finetune:
-        parser.refuse_unused(args, ("frozen_stages", "steps"), "a run without --finetune")
+        parser.refuse_unused(args, ("frozen_stages", "epochs"), "a run without --finetune")
     if not args.labels:
         parser.refuse_unused(args, ("draws",), "a run without --labels")
     return args
@@ -94,7 +95,7 @@ def main(argv=None):
         keep(labels=few_labels.probe(images, x, args.labels, args.draws))
     if args.finetune:
         keep(finetune=few_labels.compare_finetuning(
-            images, encoder, untrained, args.labels or [1.0], args.draws, args.frozen_stages, args.steps, amp))
+            images, encoder, untrained, args.labels or [1.0], args.draws, args.frozen_stages, args.epochs, amp))
     if outside:
         keep(ood=out_of_distribution.detect(images, x.get("trained"), encoder, outside, generator, autocast))
     if args.blocks:

@@ -2,12 +2,15 @@
 beside both the same network trained from scratch."""
 import copy
 import statistics
+import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .. import augment, linear_probe
+
+BATCH_SIZE = 64  # of fine-tuning
 
 
 def balanced(labels, fraction, seed):
@@ -30,7 +33,7 @@ def freeze(module, stages):
     return [part for part in parts if isinstance(part, nn.Module)]
 
 
-def finetune(module, images, index, test, frozen_stages, amp=None, steps=500, batch_size=64, lr=1e-3, seed=0):
+def finetune(module, images, index, test, frozen_stages, amp=None, steps=500, batch_size=BATCH_SIZE, lr=1e-3, seed=0):
     """Test accuracy in [0, 1] of a linear classifier on the encoder, both trained on the images of `index`.
 
     module: maps RGB (N, 3, S, S) in [0, 1] to features (N, D); trained in place, but for its first stages. images,
@@ -91,7 +94,7 @@ def shown(accuracy):
     return f"{100 * accuracy['mean']:9.1f} +- {100 * accuracy['deviation']:3.1f}"
 
 
-def compare_finetuning(images, encoder, untrained, shares, draws, frozen_stages, steps, amp):
+def compare_finetuning(images, encoder, untrained, shares, draws, frozen_stages, epochs, amp):
     """{"share, n frozen": {"finetuned", "scratch": mean and deviation, ...}}, printed. All labels are one draw."""
     stages = encoder.stages()
     weights = [sum(p.numel() for part in stage for p in ([part] if torch.is_tensor(part) else part.parameters()))
@@ -103,13 +106,20 @@ def compare_finetuning(images, encoder, untrained, shares, draws, frozen_stages,
     results = {}
     for share in shares:
         drawn = [balanced(images.labelled.labels, share, seed) for seed in range(draws if share < 1 else 1)]
-        accuracy = {row: mean_and_deviation([
-            finetune(copy.deepcopy(start), images.labelled, index, images.test, frozen_here, amp, steps, seed=seed)
-            for seed, index in enumerate(drawn)])
-            for row, start, frozen_here in (("finetuned", encoder, frozen_stages), ("scratch", untrained, 0))}
+        passes, found, start = epochs or (60 if share <= 0.01 else 30), {"finetuned": [], "scratch": []}, time.time()
+        for seed, index in enumerate(drawn):
+            for row, begin, frozen_here, n in (("finetuned", encoder, frozen_stages, passes),
+                                               ("scratch", untrained, 0, 2 * passes)):
+                steps = max(1, round(n * len(index) / BATCH_SIZE))
+                found[row].append(finetune(copy.deepcopy(begin), images.labelled, index, images.test, frozen_here, amp,
+                                           steps, seed=seed))
+            if time.time() - start > 10:
+                print(f"  draw {seed + 1} of {len(drawn)}: {100 * found['finetuned'][-1]:.1f}, from scratch "
+                      f"{100 * found['scratch'][-1]:.1f} ({time.time() - start:.0f} s)", flush=True)
+        accuracy = {row: mean_and_deviation(values) for row, values in found.items()}
         print(f"{f'{100 * share:g} %, draws {len(drawn)}':34}{len(drawn[0]):8}" +
               "".join(map(shown, accuracy.values())), flush=True)
         results[f"{share}, {frozen_stages} frozen"] = {
             **accuracy, "frozen_stages": frozen_stages, "frozen_weights": frozen / sum(weights),
-            "steps": steps, "draws": [index.tolist() for index in drawn] if share < 1 else None}
+            "epochs": passes, "draws": [index.tolist() for index in drawn] if share < 1 else None}
     return results
