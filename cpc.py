@@ -165,12 +165,13 @@ class ContextEncoder(nn.Module):
         return torch.cat(self.model.context(torch.cat(grids)), dim=1).mean(dim=(2, 3))
 
 
-def steps_ahead(patch, stride, last):
-    """The k up to `last` for which the patch k rows below shares no pixel with those that the context has seen.
+def steps_ahead(patch, stride, last, first=None):
+    """The k from `first` up to `last`. Without `first` it is the first for which the patch k rows below shares no pixel
+    with those that the context has seen.
 
     With overlapping patches the next row is for the greater part in sight: predicting it teaches to match pixels.
     """
-    return range(-(-patch // stride), last + 1)
+    return range(first or -(-patch // stride), last + 1)
 
 
 # ---- loss
@@ -228,8 +229,9 @@ def arguments(argv):
         "(default: twice the image size; not more than the largest has)", kind=int)
     number("--patch", 8, "[1, inf)", "side of a patch, pixels (256-pixel ImageNet, v1: 64, v2: 80)")
     number("--stride", 4, "[1, inf)", "from patch to patch, pixels (v1: 32; 7 rows of 80: 29)")
-    number("--steps", 5, "[1, inf)", "rows ahead that are predicted, at most (v1: 5), from the first that shares no "
-        "pixel with the context")
+    number("--steps", 5, "[1, inf)", "rows ahead that are predicted, at most (v1: 5)")
+    number("--first", None, "[1, inf)", "first row ahead that is predicted (default: the first that shares no pixel "
+        "with the context; v1: 1)", kind=int)
     add("--directions", type=int, choices=(1, 4), default=4, help="v1: 1, downwards; v2: 4")
     number("--context-width", 256, "[1, inf)", "channels inside the context network (v2: 256)")
     # Batch norm ties the patches of an image together, so that a context can know what it shall predict (v2).
@@ -249,10 +251,10 @@ def arguments(argv):
     if args.patch > args.image_size:
         raise Refusal(f"--patch {args.patch} is larger than --image-size {args.image_size}: change one of them")
     rows = (args.image_size - args.patch) // args.stride + 1
-    first = steps_ahead(args.patch, args.stride, 0).start
+    first = steps_ahead(args.patch, args.stride, 0, args.first).start
     if not first <= args.steps < rows:
-        raise Refusal(f"--steps {args.steps} is not between {first}, where patches share no pixel, and {rows - 1}, the "
-                      f"end of a grid of {rows} rows: change it, --patch or --stride")
+        raise Refusal(f"--steps {args.steps} is not between {first}, the first row that is predicted, and {rows - 1}, "
+                      f"the end of a grid of {rows} rows: change it, --first, --patch or --stride")
     return args
 
 
@@ -266,7 +268,7 @@ def main(argv=None):
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     rows = (args.image_size - args.patch) // args.stride + 1
-    ahead = steps_ahead(args.patch, args.stride, args.steps)
+    ahead = steps_ahead(args.patch, args.stride, args.steps, args.first)
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world,
               grid=f"{rows} x {rows}", ahead=f"{ahead.start} to {ahead.stop - 1}")
     images, batches = run.data(store_size=args.store_size or 2 * args.image_size)

@@ -236,6 +236,7 @@ def arguments(argv):
     add("--symmetric", action="store_true", help="let either view be the query once")
     number("--bn-groups", 8, "[1, inf)", "parts of the batch that batch norm treats alone, like GPUs (1: the whole "
         "batch)")
+    add("--no-shuffle", action="store_true", help="encode the keys in the order of the queries: batch norm then leaks")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
     number("--width", 64, "[1, inf)", "channels of the encoder's first stage")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
@@ -321,7 +322,8 @@ def main(argv=None):
                         drawn = torch.randint(len(all_images), (args.negatives,), generator=rng.generator).to(device)
                     draws = dict(index=index, drawn=drawn)
                 else:
-                    draws = dict(order=torch.randperm(args.batch_size, generator=rng.generator).to(device))
+                    order = torch.randperm(args.batch_size, generator=rng.generator)
+                    draws = dict(order=(order.sort().values if args.no_shuffle else order).to(device))
                 with autocast:
                     loss, h, q, k = net(x1, x2, args.tau, args.symmetric, **draws)
                 optimizer.zero_grad()

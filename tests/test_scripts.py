@@ -42,7 +42,7 @@ def test_run_folder(script, finished):
     names |= {"samples.png", "completions.png"} if script is gcrl else set()
     assert {p.name for p in run.folder.iterdir()} == names
     assert json.loads((run.folder / "result.json").read_text()) == run.metrics
-    rows = {"pixels", "untrained", "trained"} | {"cpc": {"context"}, "dim": {
+    rows = {"pixels", "untrained", "trained"} | {"cpc": {"context"}, "simclr": {"projection"}, "dim": {
         "untrained conv", "trained conv", "untrained Y", "trained Y"}}.get(script.__name__, set())
     for measure in ("linear", "knn", "mlp") if script is dim else ("linear", "knn"):
         assert run.metrics[measure].keys() == rows
@@ -234,7 +234,8 @@ BAD = {
              "--tau inf", "--lr -1", "--lr 0", "--weight-decay -1", "--image-size 4", "--crop-min 0", "--crop-min 2",
              "--width 0", "--device nonsense", "--dataset mnist", "--seed -1",
              "--workers -1", "--cache-gb nan", "--amp fp16", "--data-dir nowhere", "--learning-rate 1", "--resume"],
-    "simclr": ["--blur 1.1", "--arch resnet9", "--stem big", "--optimizer adam", "--warmup 2", "--jitter -1"],
+    "simclr": ["--margin 0.5", "--semi-hard", "--tau 0.3 --loss margin", "--projection-dim 3 --head none",
+               "--blur 1.1", "--arch resnet9", "--stem big", "--optimizer adam", "--warmup 2", "--jitter -1"],
     "moco": ["--dictionary book", "--negatives 0", "--negatives -1", "--m 2", "--bank-m -1", "--head none", "--blur 2",
              "--bn-groups 3", "--bn-groups 0", "--symmetric --dictionary memory-bank", "--schedule none"],
     "cmc": ["--views hsv", "--views-dir x", "--graph star", "--contrast l2", "--negatives -1", "--bank-m 1.5",
@@ -472,13 +473,16 @@ def test_beta_zero(tiny, here, monkeypatch):
 
 
 @pytest.mark.parametrize("script, flags", [
-    (simclr, "--optimizer lars"), (simclr, "--arch resnet50"), (simclr, "--amp bf16"),
+    (simclr, "--optimizer lars"), (simclr, "--loss logistic --semi-hard --head linear"),
+    (simclr, "--loss margin --head none --augmentations cutout rotation noise sobel --one-branch"),
+    (simclr, "--arch resnet50"), (simclr, "--amp bf16"),
     (moco, "--dictionary memory-bank"), (moco, "--dictionary memory-bank --negatives 0"), (moco, "--symmetric"),
     (moco, "--dictionary end-to-end --symmetric"), (moco, "--head mlp --augmentation v1 --schedule steps"),
-    (moco, "--negatives 7"), (moco, "--negatives 5 --symmetric"), (cmc, "--views rgb --graph core --jitter 0.5"),
+    (moco, "--negatives 7 --no-shuffle"), (moco, "--negatives 5 --symmetric"),
+    (cmc, "--views rgb --graph core --jitter 0.5"),
     (cmc, "--contrast nce"), (cmc, "--views ycbcr --contrast nce --negatives 0"), (moco, "--amp bf16"),
     (cmc, "--amp bf16"), (cmc, "--dictionary end-to-end"), (cmc, "--dictionary end-to-end --contrast nce"),
-    (cpc, "--directions 1 --norm batch --augmentation v1"), (cpc, "--norm none --amp bf16"),
+    (cpc, "--directions 1 --norm batch --augmentation v1"), (cpc, "--norm none --amp bf16 --first 1"),
     (dim, "--objective global"), (dim, "--objective both --critic concat --estimator dv --views 2"),
     (dim, "--estimator infonce --gamma 0"),
     (dim, "--arch resnet18 --stem cifar --amp bf16"),

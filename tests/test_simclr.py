@@ -3,10 +3,11 @@ import math
 
 import pytest
 import torch
+import torchvision.transforms.functional as TF
 
 import gcrl
 import simclr
-from common import resnet
+from common import augment, resnet
 
 
 def oracle(z1, z2, tau):
@@ -48,6 +49,47 @@ def test_nt_xent_closed_forms(nt_xent):
     assert nt_xent(torch.eye(9), torch.eye(9), 0.5).item() == pytest.approx(math.log(math.exp(2) + 16) - 2, rel=1e-6)
 
 
+def others_oracle(loss, z1, z2, value, hard):
+    """NT-Logistic and the margin triplet of table 2 in loops, in float64, with all negatives or the semi-hard one."""
+    z = [v / v.norm() for v in torch.cat([z1, z2])]
+    n, total = len(z1), 0.0
+    for i in range(2 * n):
+        positive = z[i] @ z[(i + n) % (2 * n)]
+        negatives = [z[i] @ z[k] for k in range(2 * n) if k % n != i % n]
+        if hard:
+            margin = value if loss == "margin" else math.inf
+            negatives = sorted((s for s in negatives if 0 < positive - s < margin), key=lambda s: s.item())[-1:]
+        if loss == "logistic":
+            total = total - torch.log(torch.sigmoid(positive / value))
+            terms = [-torch.log(torch.sigmoid(-s / value)) for s in negatives]
+        else:
+            terms = [torch.clamp(s - positive + value, min=0) for s in negatives]
+        total = total + (sum(terms) / len(terms) if terms else 0.0)
+    return total / (2 * n)
+
+
+@pytest.mark.parametrize("loss, value", [("logistic", 0.5), ("logistic", 0.1), ("margin", 0.4), ("margin", 1.5)])
+@pytest.mark.parametrize("hard", [False, True], ids=["all", "semi-hard"])
+@pytest.mark.parametrize("n", [2, 6])
+def test_logistic_and_margin_are_the_equations_with_their_gradients(loss, value, hard, n):
+    torch.manual_seed(n)
+    z1, z2 = (3 * torch.randn(n, 6)).requires_grad_(), torch.randn(n, 6).requires_grad_()
+    w1, w2 = z1.detach().double().requires_grad_(), z2.detach().double().requires_grad_()
+    function = {"logistic": simclr.logistic, "margin": simclr.margin_triplet}[loss]
+    ours, truth = function(z1, z2, value, hard), others_oracle(loss, w1, w2, value, hard)
+    ours.backward()
+    truth.backward()
+    assert ours.item() == pytest.approx(truth.item(), rel=1e-5)
+    for grad, true in ((z1.grad, w1.grad), (z2.grad, w2.grad)):
+        assert (grad - true).norm() <= 1e-4 * true.norm() + 1e-7
+
+
+def test_chance_of_logistic_and_margin():
+    same = torch.ones(5, 3)
+    assert simclr.logistic(same, same, 0.5).item() == pytest.approx(math.log1p(math.exp(-2)) + math.log1p(math.exp(2)))
+    assert simclr.margin_triplet(same, same, 0.4).item() == pytest.approx(0.4)
+
+
 def test_lars_is_its_formula():
     """Three steps of g, v and w by hand, for adapted and excluded parameters, and a zero weight."""
     torch.manual_seed(0)
@@ -83,10 +125,57 @@ def test_biases_and_batch_norm_are_excluded():
 
 
 def test_views_are_the_papers_in_range_and_differ():
-    from common import augment
     x = torch.randint(0, 256, (16, 3, 40, 40), dtype=torch.uint8)
     rng = augment.Random(0)
     for blur in (0.0, 0.5):
         a, b = (simclr.view(x, rng, 40, 0.08, 1.0, blur) for _ in range(2))
         assert a.shape == (16, 3, 40, 40) and a.dtype == torch.float32
         assert 0 <= a.min() and a.max() <= 1 and (a - b).abs().mean() > 0.01
+
+
+# ---- the augmentations that the paper studies
+
+
+def random_views(name, n=64, size=12):
+    x = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return x, getattr(simclr, name)(x, augment.Random(0))
+
+
+def test_cutout_greys_one_square():
+    x, y = random_views("cutout")
+    changed = (x != y).any(dim=1)
+    assert (y[:, 0][changed] == 0.5).all() and (changed.sum(dim=(1, 2)) == 36).all()
+    assert (changed.any(dim=1).sum(dim=1) == 6).all() and (changed.any(dim=2).sum(dim=1) == 6).all()
+    assert len({tuple(c.flatten().tolist()) for c in changed}) > 20 and changed.any(dim=0).all()
+
+
+def test_rotation_is_torchvisions():
+    x, y = random_views("rotation")
+    turned = [[TF.rotate(image, angle) for angle in (0, 90, 180, 270)] for image in x]
+    which = [[torch.equal(image, other) for other in others] for image, others in zip(y, turned)]
+    assert all(sum(row) == 1 for row in which) and all(map(any, zip(*which)))
+
+
+def test_noise_has_its_deviation():
+    x = torch.full((64, 3, 12, 12), 0.5)
+    y = simclr.noise(x, augment.Random(0)) - x
+    assert y.mean().abs() < 0.005 and y.std().item() == pytest.approx(0.1, rel=0.02)
+
+
+def test_sobel_by_hand():
+    """Of a ramp the slope times two (per pixel), of a flat image nothing, inside the borders."""
+    ramp = (0.05 * torch.arange(10.0)).expand(1, 3, 10, 10)
+    for x in (ramp, ramp.mT):
+        edges = simclr.sobel(x, None)
+        assert torch.allclose(edges[:, :, 1:-1, 1:-1], torch.tensor(0.1), atol=1e-4)
+    assert simclr.sobel(torch.full((1, 3, 6, 6), 0.3), None).abs().max() < 1e-6
+
+
+def test_names_choose_the_operations():
+    """Without any, the whole image, resized; each name changes it; the recipe is the default."""
+    x = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8)
+    view = lambda names, **more: simclr.view(x, augment.Random(0), 16, 0.2, 1.0, 0.0, names=names)
+    assert torch.allclose(view(()), x / 255, atol=1e-6)
+    for name in simclr.RECIPE + simclr.STUDIED:
+        assert not torch.allclose(view((name,)), x / 255, atol=1e-3), name
+    assert torch.equal(view(simclr.RECIPE), simclr.view(x, augment.Random(0), 16, 0.2, 1.0, 0.0))
