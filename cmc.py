@@ -16,9 +16,9 @@ estimated on the first batch and stays. What is kept, and probed, is the concate
     python cmc.py --dataset cifar10 --contrast nce          # ResNet-18 of half width a view, 200 epochs
     python cmc.py --views-dir COLOUR DEPTH                  # two folders of images of the same names
 
-Differences from the paper: the softmax by default, where the paper has nce; Z and, if there is one, the bank begin as
-what the untrained encoders say of the images; an image's own vector is no negative; a cosine schedule, where the paper
-has steps; inputs not normalised by mean and deviation.
+Differences from the paper: the softmax by default, where the paper has nce, and with it the bank begins as what the
+untrained encoders say of the images (nce: random); an image's own vector is no negative; a cosine schedule (paper:
+steps); inputs in [0, 1] without normalisation.
 
 Measured, linear probe / kNN: `shapes` 55.6 / 36.1 (untrained 18.7 / 9.8), 43 s on one core of an AMD EPYC.
 """
@@ -268,21 +268,23 @@ def arguments(argv):
 
 
 @torch.no_grad()
-def initialise(model, images, batch_size, rng, random_view, autocast, tau):
-    """Estimates Z with random vectors, as in the paper, then lets the banks begin as what the untrained encoders say of
-    the images (`data.Images`). From random ones the first epoch teaches to keep away from the vectors seen so far,
-    which takes many epochs to unlearn; and a Z of vectors that still are alike would be far too large."""
-    entries = model.bank.shape[1]
+def initialise(model, images, batch_size, rng, random_view, autocast, tau, fill):
+    """Estimates Z with random vectors, as in the paper, from the first batch of the images (`data.Images`).
+
+    fill: the banks then begin as what the untrained encoders say of the images. From random vectors, as the paper has
+    them, the softmax learns in its first epoch to keep away from the vectors seen so far, which takes many epochs to
+    unlearn. Of nce they stay random: untrained vectors are alike, and Z, which fits random ones, would be far too small.
+    """
     starts = [min(start, len(images) - batch_size) for start in range(0, len(images), batch_size)]
-    order = [torch.arange(start, start + batch_size) for start in starts]
-    order = order if entries else order[:1]                                   # without banks Z alone
+    order = [torch.arange(start, start + batch_size) for start in (starts if fill else starts[:1])]
     for index, x in zip(order, images.batches(order)):
         with autocast:
             z = model(random_view(x, rng, aspect=images.aspect[index]))[1]
         if index[0] == 0:
             vectors = F.normalize(torch.randn(4096, z.shape[2], generator=rng.generator), dim=1)
-            model.estimate_z(z, vectors.to(z.device), entries or batch_size, tau)
-        model.remember(z, index.to(z.device), 0.0)
+            model.estimate_z(z, vectors.to(z.device), model.bank.shape[1] or batch_size, tau)
+        if fill:
+            model.remember(z, index.to(z.device), 0.0)
 
 
 def main(argv=None):
@@ -319,8 +321,10 @@ def main(argv=None):
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     if first_epoch == first_step == 0:
-        initialise(model, images.train, args.batch_size, augment.Random(args.seed), random_view, autocast, args.tau)
-        run.ready("Z and memory bank" if entries else "Z", "by the untrained encoders")
+        fill = entries > 0 and args.contrast == "softmax"
+        initialise(model, images.train, args.batch_size, augment.Random(args.seed), random_view, autocast, args.tau,
+                   fill)
+        run.ready("Z and memory bank" if fill else "Z", "by the untrained encoders")
     with run:
         for epoch in range(first_epoch, args.epochs):
             for step, index, x in batches.epoch(epoch, first_step):

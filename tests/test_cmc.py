@@ -1,4 +1,6 @@
 """CMC's colour spaces against published values, its losses against their equations, its banks by value."""
+import contextlib
+import functools
 import math
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 import cmc
 from common import augment
 from common.cli import Refusal
-from common.data import load
+from common.data import Images, load
 
 CPU = torch.device("cpu")
 
@@ -282,3 +284,21 @@ def test_views_dir_flags(tmp_path, monkeypatch, flags, named):
     with pytest.raises(Refusal, match=named):
         cmc.main(flags)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("contrast", ["nce", "softmax"])
+@pytest.mark.parametrize("entries", [400, 0], ids=["memory-bank", "end-to-end"])
+def test_the_first_loss_is_near_chance(contrast, entries):
+    """With the banks as training begins, even where untrained vectors are all alike."""
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (400, 3, 16, 16), dtype=torch.uint8)
+    images, tau, m = Images(pixels, None, CPU, 0, True), 0.1, 100 if entries else 63
+    model = cmc.CMC(cmc.Encoder("lab", "resnet18", "cifar", 4), entries)
+    view = functools.partial(cmc.view, size=16, crop_min=0.5, jitter=0.0)
+    cmc.initialise(model, images, 64, augment.Random(0), view, contextlib.nullcontext(), tau,
+                   fill=entries > 0 and contrast == "softmax")
+    z, index = model(view(pixels[:64], augment.Random(1)))[1].detach(), torch.arange(64)
+    assert (z[:, 0] @ z[:, 0].T).mean() > 0.7                                 # alike
+    loss = model.loss(z, index, torch.arange(300, 300 + m), cmc.pairs_of("full", 2), contrast, tau).item()
+    chance = 2 * (math.log(1 + m) + (m * math.log1p(1 / m) if contrast == "nce" else 0))
+    assert loss == pytest.approx(chance, rel=0.3)
