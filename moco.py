@@ -15,10 +15,10 @@ What is kept, and probed, is f_q without its head.
 
     python moco.py                                          # embedded data, two minutes on two cores
     python moco.py --dataset cifar10                        # ResNet-18, 200 epochs
-    torchrun --nproc-per-node 4 moco.py --dataset cifar10   # the same run on four GPUs
 
 Differences from the papers: batch norm of --bn-groups parts and shuffled keys on one device as on many; a query's own
-vector in the memory bank is no negative; the bank is scored by InfoNCE, as in the paper's comparison (Wu et al.: NCE);
+vector in the memory bank is no negative; the bank begins as what the untrained encoder says (Wu et al.: at random) and
+is scored by InfoNCE, as in the paper's comparison (Wu et al.: NCE);
 --symmetric takes the mean of both directions, the authors' CIFAR demo the sum; inputs are in [0, 1], without
 normalisation.
 
@@ -226,7 +226,7 @@ def arguments(argv):
     add("--dictionary", choices=("queue", "memory-bank", "end-to-end"), default="queue", help="where keys come from")
     number("--negatives", None, "[0, inf)", "K: length of the queue (default: a twelfth of the images, 65536 at most), "
         "or vectors drawn from the memory bank (0: all of them)", kind=int)
-    # A key encoder that changes fast makes the queue inconsistent: m = 0 fails, 0.9 loses 5 points (section 4.1).
+    # A key encoder that changes fast makes the queue inconsistent: m = 0 fails, 0.9 loses 4 points (section 4.1).
     number("--m", 0.99, "[0, 1]", "momentum of the key encoder (paper: 0.999)")
     number("--bank-m", 0.5, "[0, 1]", "momentum of the memory bank's vectors")
     add("--head", choices=("linear", "mlp"), default="linear", help="v1: linear, v2: mlp with one hidden layer")
@@ -234,8 +234,7 @@ def arguments(argv):
     number("--blur", 0.0, "[0, 1]", "share of the views blurred (v1: 0, v2: 0.5)")
     number("--crop-min", 0.08, "(0, 1]", "least share of the area that a crop keeps (v1 and v2: 0.2)")
     add("--symmetric", action="store_true", help="let either view be the query once")
-    number("--bn-groups", 8, "[1, inf)", "parts of the batch that batch norm treats alone, like GPUs (1: the whole "
-        "batch)")
+    number("--bn-groups", 8, "[1, inf)", "parts of the batch that batch norm treats alone, like GPUs (1: all of it)")
     add("--no-shuffle", action="store_true", help="encode the keys in the order of the queries: batch norm then leaks")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
     number("--width", 64, "[1, inf)", "channels of the encoder's first stage")
@@ -283,8 +282,7 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         query = EncoderWithHead(args.arch, args.stem, args.width, args.head, max(1, args.bn_groups // world))
         entries = args.negatives if args.dictionary == "queue" else len(images.train)
-        model = MoCo(query, args.dictionary, entries, args.m, args.bank_m)
-        return model.to(device, memory_format=torch.channels_last)
+        return MoCo(query, args.dictionary, entries, args.m, args.bank_m).to(device, memory_format=torch.channels_last)
 
     model = new_model()
     net = distributed.wrap(model, device, sync_batch_norm=args.bn_groups == 1)
@@ -307,6 +305,14 @@ def main(argv=None):
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
+    if bank and first_epoch == first_step == 0:
+        # From random vectors training first learns to keep away from those seen so far, which takes long to unlearn.
+        fill_rng = augment.Random(args.seed, rank, world)
+        for _, index, x in batches.epoch(0):
+            with torch.no_grad(), autocast:
+                q = model.query(random_view(x, fill_rng, aspect=images.train.aspect[index]))[1]
+            model.bank[distributed.gather(index.to(device))] = distributed.gather(q)
+        run.ready("memory bank", "by the untrained encoder")
     with run:
         for epoch in range(first_epoch, args.epochs):
             for step, index, x in batches.epoch(epoch, first_step):
@@ -315,8 +321,7 @@ def main(argv=None):
                 aspect = images.train.aspect[index]
                 x1 = random_view(x, rng, aspect=aspect).contiguous(memory_format=torch.channels_last)
                 x2 = None if bank else random_view(x, rng, aspect=aspect)
-                # Indices and shuffles are of the whole batch of all processes, and the same in each of them.
-                if bank:
+                if bank:                                                      # of the whole batch of all processes
                     index, drawn = distributed.gather(index.to(device)), all_images
                     if args.negatives:
                         drawn = torch.randint(len(all_images), (args.negatives,), generator=rng.generator).to(device)
