@@ -45,10 +45,8 @@ def linear_map(x, matrix):
 
 
 def rgb_to_lab(x):
-    """sRGB (N, 3, H, W) in [0, 1] to CIE 1976 L*a*b*, white D65: L in [0, 100], a and b within about [-108, 99].
-
-    IEC 61966-2-1 (sRGB), CIE 15 (L*a*b*, 2 degree observer).
-    """
+    """sRGB (N, 3, H, W) in [0, 1] to CIE 1976 L*a*b*, white D65: L in [0, 100], a and b within about [-108, 99]. IEC
+    61966-2-1 (sRGB), CIE 15 (L*a*b*, 2 degree observer)."""
     linear = torch.where(x <= 0.04045, x / 12.92, ((x.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4)
     xyz = linear_map(linear, ((0.4124564, 0.3575761, 0.1804375),
                               (0.2126729, 0.7151522, 0.0721750),
@@ -65,10 +63,8 @@ def rgb_to_ycbcr(x):
 
 
 def split(x, views):
-    """(N, 3, H, W) RGB in [0, 1] to its views, each (N, channels, H, W), scaled to about [-1, 1].
-
-    views: one of CHANNELS, or "folders", where x holds three channels of each folder.
-    """
+    """(N, 3, H, W) RGB in [0, 1] to its views, each (N, channels, H, W), scaled to about [-1, 1]. views: of CHANNELS,
+    or "folders", where x holds three channels of each folder."""
     if views == "lab":
         lab = rgb_to_lab(x)
         return [lab[:, :1] / 50 - 1, lab[:, 1:] / 50]                         # a and b of photographs are small
@@ -169,8 +165,7 @@ class CMC(nn.Module):
 
     @torch.no_grad()
     def remember(self, z, index, momentum):
-        """The banks' vectors, if there are any, move towards z (N, V, C): momentum of the old, 1 - momentum of the
-        new."""
+        """The banks' vectors, if any, move towards z (N, V, C): momentum of the old, 1 - momentum of the new."""
         if self.bank.shape[1] > 0:
             old = self.bank[:, index]                                         # (V, N, C)
             self.bank[:, index] = F.normalize(torch.lerp(z.transpose(0, 1), old, momentum), dim=2)
@@ -236,8 +231,7 @@ def arguments(argv):
     add("--views-dir", nargs="+", metavar="DIR", help="views of your own: folders with images of the same names")
     add("--graph", choices=("full", "core"), default="full", help="pairs of views: all, or those with the first")
     add("--contrast", choices=("nce", "softmax"), default="softmax", help="loss: the paper's, or a later one")
-    add("--dictionary", choices=("memory-bank", "end-to-end"), default="memory-bank",
-        help="where keys and negatives come from: a memory bank (paper), or the batch, with gradient")
+    add("--dictionary", choices=("memory-bank", "end-to-end"), default="memory-bank", help="of keys (paper: a bank)")
     number("--negatives", 4096, "[0, inf)", "m: drawn from the memory bank (0: all of it)")
     number("--bank-m", 0.5, "[0, 1]", "momentum of the memory banks' vectors")
     number("--crop-min", 0.2, "(0, 1]", "least share of the area that a crop keeps")
@@ -271,12 +265,12 @@ def arguments(argv):
 def initialise(model, images, batch_size, rng, random_view, autocast, tau, fill):
     """Estimates Z with random vectors, as in the paper, from the first batch of the images (`data.Images`).
 
-    fill: the banks then begin as what the untrained encoders say of the images. From random vectors, as the paper has
-    them, the softmax learns in its first epoch to keep away from the vectors seen so far, which takes many epochs to
-    unlearn. Of nce they stay random: untrained vectors are alike, and Z, which fits random ones, would be far too small.
+    fill: the banks then begin as what the untrained encoders say. From random vectors, as in the paper, the softmax
+    first learns to keep away from the vectors seen so far, which takes many epochs to unlearn. Of nce they stay random:
+    untrained vectors are alike, and Z, which fits random ones, would be far too small.
     """
-    starts = [min(start, len(images) - batch_size) for start in range(0, len(images), batch_size)]
-    order = [torch.arange(start, start + batch_size) for start in (starts if fill else starts[:1])]
+    starts = [min(start, len(images) - batch_size) for start in range(0, len(images) if fill else 1, batch_size)]
+    order = [torch.arange(start, start + batch_size) for start in starts]
     for index, x in zip(order, images.batches(order)):
         with autocast:
             z = model(random_view(x, rng, aspect=images.aspect[index]))[1]
@@ -297,7 +291,6 @@ def main(argv=None):
     images, batches = run.data(args.views_dir, store_size=args.store_size or 2 * args.image_size)
     entries = len(images.train) if args.dictionary == "memory-bank" else 0    # of each view's bank
     m = (args.negatives or entries) if entries else args.batch_size - 1
-    all_images = torch.arange(len(images.train), device=device)
 
     def new_model():
         torch.manual_seed(args.seed)
@@ -331,8 +324,7 @@ def main(argv=None):
                 for group in optimizer.param_groups:
                     group["lr"] = peak_lr * cosine(epoch * len(batches) + step, args.epochs * len(batches), args.warmup)
                 x = random_view(x, rng, aspect=images.train.aspect[index])    # (N, 3 or 3 folders, S, S)
-                # Both of the whole batch of all processes, and the same in each of them.
-                index, drawn = distributed.gather(index.to(device)), all_images
+                index, drawn = distributed.gather(index.to(device)), torch.arange(entries, device=device)
                 if entries and args.negatives:
                     drawn = torch.randint(entries, (m,), generator=rng.generator).to(device)
                 with autocast:
@@ -350,8 +342,7 @@ def main(argv=None):
 
     index = images.train.random_indices(32)
     x = random_view(images.train.at(index), augment.Random(args.seed), aspect=images.train.aspect[index])
-    seen = [as_colours(v) for v in split(x, model.encoder.views)]
-    run.picture("views.png", *([] if args.views_dir else [x]), *seen)
+    run.picture("views.png", *([] if args.views_dir else [x]), *map(as_colours, split(x, model.encoder.views)))
     return run.finish(images, {"untrained": new_model().encoder, "trained": model.encoder}, autocast)
 
 
