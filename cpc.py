@@ -19,8 +19,8 @@ k = 1); v2's patch augmentation without shear, elastic and AutoAugment's operati
 patches, where v2 drops two in each; ResNets of 64-pixel patches at 256 pixels, where v2 has a ResNet-161 of 80-pixel
 ones; Adam with a cosine after a warm-up; inputs not normalised by mean and deviation.
 
-Measured, linear probe / kNN: `shapes` 62.7 / 28.6, contexts 68.6 / 34.1 (untrained 25.1 / 18.0), 40 s on one core of an
-AMD EPYC.
+Measured, linear probe / kNN: `shapes` 57.5 +- 10.2 / 28.5 over three seeds, contexts 67.9 / 29.5 (untrained 22.6 /
+14.7), 39 to 50 s on one core of an AMD EPYC.
 """
 import functools
 import math

@@ -19,7 +19,7 @@ Differences from the paper: --alpha weighs L_g per predicted token, L_g / (D - 1
 and --alpha D-1 is the equation to the letter; widths, depths, temperature, weak view and schedule are our choices.
 
 Measured, linear probe / kNN over three seeds: `shapes` 45.5 +- 1.8 / 20.2 +- 2.1 (untrained 22.3 / 11.5), 92 s on two
-cores of an AMD EPYC.
+cores of an AMD EPYC; `--dataset cifar10 --small`, one seed, 50.8 / 46.8 (36.2 / 31.1), 1.583 nats per token.
 """
 import math
 import sys
