@@ -170,7 +170,8 @@ def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
             raise
     except KeyboardInterrupt:
         status, sentence = 130, "interrupted"
-    print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
+    path = Path(sys.argv[0])
+    print(f"{path.parent.name if path.name == '__main__.py' else path.name}: {sentence}", file=sys.stderr)
     sys.exit(status)
 
 
