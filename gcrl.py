@@ -17,6 +17,7 @@ decoder predicts the tokens from.
 
 Differences from the paper: --alpha weighs L_g per predicted token, L_g / (D - 1), so that both losses are a few nats,
 and --alpha D-1 is the equation to the letter; widths, depths, temperature, weak view and schedule are our choices.
+Images are 32 x 32 whatever the data set, as iGPT's: D grows with their area.
 
 Measured, linear probe / kNN over three seeds: `shapes` 45.5 +- 1.8 / 20.2 +- 2.1 (untrained 22.3 / 11.5), 92 s on two
 cores of an AMD EPYC; `--dataset cifar10 --small`, one seed, 50.8 / 46.8 (36.2 / 31.1), 1.583 nats per token.

@@ -13,7 +13,8 @@ def linear_probe(train_x, train_y, test_x, test_y):
     train_x (N, D), test_x (M, D) floats; train_y (N,), test_y (M,) int64, all on one device. Features are standardised
     with the training features' mean and deviation. The weight of the L2 penalty is the best of `L2` on a tenth of the
     training set held out at random, and the final fit uses all of it; the test set is looked at once. Full-batch
-    L-BFGS, in float32.
+    L-BFGS, in float32, as SimCLR's transfer (appendix B.8); other papers take SGD on augmented images (MoCo: rate 30,
+    100 epochs). The features of all images have to fit the device.
     """
     train_x, test_x = standardised(train_x, test_x)
     return score(test_x, test_y, chosen_fit(train_x, train_y, int(torch.cat([train_y, test_y]).max()) + 1))
