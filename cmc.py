@@ -290,7 +290,7 @@ def main(argv=None):
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
     images, batches = run.data(args.views_dir, store_size=args.store_size or 2 * args.image_size)
     entries = len(images.train) if args.dictionary == "memory-bank" else 0    # of each view's bank
-    m = (args.negatives or entries) if entries else args.batch_size - 1
+    m, whole_bank = args.negatives or entries if entries else args.batch_size - 1, torch.arange(entries, device=device)
 
     def new_model():
         torch.manual_seed(args.seed)
@@ -324,7 +324,7 @@ def main(argv=None):
                 for group in optimizer.param_groups:
                     group["lr"] = peak_lr * cosine(epoch * len(batches) + step, args.epochs * len(batches), args.warmup)
                 x = random_view(x, rng, aspect=images.train.aspect[index])    # (N, 3 or 3 folders, S, S)
-                index, drawn = distributed.gather(index.to(device)), torch.arange(entries, device=device)
+                index, drawn = distributed.gather(index.to(device)), whole_bank
                 if entries and args.negatives:
                     drawn = torch.randint(entries, (m,), generator=rng.generator).to(device)
                 with autocast:

@@ -37,14 +37,6 @@ from common.transformer import Block, init_weights
 # ---- tokens: pixels as indices of a palette of colours (iGPT, Chen et al. 2020)
 
 
-def nearest(pixels, palette):
-    """(M, 3) colours to the (M,) indices of the nearest of the palette's (V, 3), by Euclidean distance."""
-    half = palette.square().sum(dim=1) / 2                                    # |x - p|^2 / 2 = half - x.p + ...
-    part = 2**12 if pixels.device.type == "cpu" else 2**18                    # distances that fit the processor's cache
-    with torch.autocast(pixels.device.type, enabled=False):                   # bf16 would take other colours
-        return torch.cat([torch.addmm(half, x, palette.T, alpha=-1).argmin(dim=1) for x in pixels.split(part)])
-
-
 def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=40):
     """k-means (Lloyd's, k-means++ start) of the images' RGB values: (V, 3) floats in [0, 1].
 
@@ -61,7 +53,7 @@ def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=40):
         drawn = torch.searchsorted(total, total[-1] * torch.rand(1, generator=generator))
         palette[i] = x[drawn.clamp(max=len(x) - 1)]
     for _ in range(iterations):
-        token = nearest(x, palette)
+        token = quantise(x.T[None, :, :, None], palette).flatten()            # as an image of M pixels
         count = torch.bincount(token, minlength=num_colours)[:, None]
         mean = torch.zeros_like(palette).index_add_(0, token, x) / count
         palette = torch.where(count > 0, mean, palette)                       # an empty cluster stays
@@ -69,9 +61,14 @@ def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=40):
 
 
 def quantise(x, palette):
-    """Images (N, 3, H, W), uint8 or floats in [0, 1], to tokens (N, H, W), indices into the palette (V, 3)."""
+    """Images (N, 3, H, W), uint8 or floats in [0, 1], to tokens (N, H, W): indices of the nearest of the palette's
+    colours (V, 3), by Euclidean distance."""
     pixels = (x / 255 if x.dtype == torch.uint8 else x).permute(0, 2, 3, 1)   # (N, H, W, 3)
-    return nearest(pixels.reshape(-1, 3), palette).view(pixels.shape[:3])
+    half = palette.square().sum(dim=1) / 2                                    # |x - p|^2 / 2 = half - x.p + ...
+    part = 2**12 if x.device.type == "cpu" else 2**18                         # distances that fit the processor's cache
+    with torch.autocast(x.device.type, enabled=False):                        # bf16 would take other colours
+        tokens = [torch.addmm(half, p, palette.T, alpha=-1).argmin(dim=1) for p in pixels.reshape(-1, 3).split(part)]
+    return torch.cat(tokens).view(pixels.shape[:3])
 
 
 def dequantise(tokens, palette):
@@ -312,8 +309,7 @@ def arguments(argv):
     number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
     number("--batch-size", 256, "[2, inf)", "images a step, over all processes")
     number("--micro-batch", None, "[1, inf)", "images that go through the network at once (default: what takes about 2 "
-        "GB, on a GPU 4 GB); loss and gradients are those of the batch all the same, and a step takes a fifth less "
-        "time where all of the batch goes at once", kind=int)
+        "GB, on a GPU 4): loss and gradients are the batch's all the same; all at once is a fifth faster", kind=int)
     number("--lr", 1e-3, "(0, inf)", "peak learning rate of AdamW")
     number("--weight-decay", 0.01, "[0, inf)", "of all weights but biases and norms")
     number("--tau", 0.2, "(0, inf)", "temperature of the contrastive loss")

@@ -28,9 +28,10 @@ MOCO = f"moco.py {RESNET} --width W --blur 0 --tau 0.1 --crop-min 0.2 --lr 0.12 
 CMC = f"cmc.py {RESNET} --width H --crop-min 0.4 --lr 0.2 --weight-decay 1e-4"
 DIM = f"dim.py {RESNET} --width W --units 512 --views 2 --estimator infonce --lr 0.001"
 ROWS = {
-    "SimCLR": f"simclr.py {RESNET} --width W --jitter 0.5 --blur 0 --crop-min 0.2 --tau 0.2 --lr 0.2",
+    "SimCLR": f"simclr.py {RESNET} --width W --jitter 0.5 --blur 0 --crop-min 0.2 --tau 0.2 --lr 0.2 "
+              "--optimizer sgd --weight-decay 1e-4 --warmup 0.05",
     "MoCo, queue": f"{MOCO} --dictionary queue --negatives 4096 --m 0.99",
-    "MoCo, memory bank": f"{MOCO} --dictionary memory-bank --negatives 4096",
+    "MoCo, memory bank": f"{MOCO} --dictionary memory-bank --negatives 4096 --augmentation v2",
     "MoCo, end-to-end": f"{MOCO} --dictionary end-to-end",
     "CMC, L and ab": f"{CMC} --views lab --dictionary end-to-end --tau 0.2",
     "CMC, Y and CbCr": f"{CMC} --views ycbcr --dictionary end-to-end --tau 0.2",
