@@ -61,6 +61,8 @@ class Run:
         """
         names = ("image_size", "workers", "cache_gb", "seed", "batch_size")
         size, workers, cache_gb, seed, batch_size = (self.settings[name] for name in names)
+        if self.settings.get("store_size") and self.settings["dataset"] != "folder":
+            raise Refusal("--store-size is for the photographs of --dataset folder: leave it out")
         place = data_dir or self.settings["data_dir"]
         images = data.load(self.settings["dataset"], place, size, self.device, workers, cache_gb, seed, store_size)
         batches = data.Batches(images.train, batch_size, seed, *distributed.rank_and_world())
