@@ -296,22 +296,23 @@ class MapEmbedding(nn.Module):
 class AMDIM(nn.Module):
     """Encoder and the embeddings of its maps, in which vectors of all scales are compared."""
 
-    def __init__(self, encoder, clip=20.0, penalty=0.05):
+    def __init__(self, encoder, tasks=("1-5", "1-7", "5-5"), clip=20.0, penalty=0.05):
+        """tasks: "1-5" is the global vector of one view, which predicts the 5 x 5 map of the other."""
         super().__init__()
-        self.encoder, self.clip, self.penalty = encoder, clip, penalty
-        self.embeddings = nn.ModuleDict(
-            {scale: MapEmbedding(encoder.channels, encoder.feature_dim) for scale in ("5", "7")})
+        self.encoder, self.tasks, self.clip, self.penalty = encoder, tasks, clip, penalty
+        self.embeddings = nn.ModuleDict({scale: MapEmbedding(encoder.channels, encoder.feature_dim)
+                                         for scale in ("5", "7") if scale in "".join(tasks)})
 
     def forward(self, views, position):
         """views (2 N, 3, S, S), the two of each image N rows apart; position (2 N,) in 0..24, which vector of its 5 x 5
         map predicts: the global vectors (2 N, dim), the loss, and the penalty of large scores."""
         maps = self.encoder.layers(views)
-        embedded = {scale: self.embeddings[str(scale)](maps[scale]).flatten(2).transpose(1, 2).float()
-                    for scale in (5, 7)}                                      # (2 N, scale^2, dim)
-        predicting = {1: maps[1].float(), 5: embedded[5][torch.arange(len(views)), position]} # (2 N, dim)
+        embedded = {scale: embedding(maps[int(scale)]).flatten(2).transpose(1, 2).float()
+                    for scale, embedding in self.embeddings.items()}          # (2 N, scale^2, dim)
         loss = penalty = 0.0
-        for source, target in ((1, 5), (1, 7), (5, 5)):
-            a, b = predicting[source].chunk(2), embedded[target].chunk(2)     # of each view
+        for source, target in (task.split("-") for task in self.tasks):
+            a = maps[1].float() if source == "1" else embedded[source][torch.arange(len(views)), position]
+            a, b = a.chunk(2), embedded[target].chunk(2)                      # of each view
             for view in (0, 1):
                 scores, positives = inner_products(distributed.gather(a[view]), distributed.gather(b[1 - view]))
                 loss = loss - mutual_information(bounded(scores, self.clip), positives, "infonce") / 2
@@ -401,6 +402,8 @@ def arguments(argv):
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers of a ResNet")
     number("--width", 64, "[1, inf)", "channels of the encoder's first layer (AMDIM: 128)")
     number("--depth", 3, "[1, inf)", "convolutions of each of AMDIM's blocks (ImageNet: 10)")
+    add("--tasks", nargs="+", choices=("1-5", "1-7", "5-5"), default=["1-5", "1-7", "5-5"], help="AMDIM's: the scale "
+        "that predicts, and the scale that is predicted")
     number("--units", 2048, "[1, inf)", "of T's hidden layers (dot: 2048, concat: 512); dimensions of AMDIM's vectors "
         "(1024)")
     number("--epochs", 200, "[1, inf)", "passes over the training images")
@@ -410,7 +413,7 @@ def arguments(argv):
     number("--weight-decay", 0.0, "[0, inf)", "of all weights")
     args = parser.parse(argv, DEFAULTS)
     multiscale = args.objective == "multiscale"
-    unused = ("estimator", "critic", "alpha", "beta", "gamma", "arch", "stem") if multiscale else ("depth",)
+    unused = ("estimator", "critic", "alpha", "beta", "gamma", "arch", "stem") if multiscale else ("depth", "tasks")
     parser.refuse_unused(args, unused, f"--objective {args.objective}")
     if multiscale:
         if args.views == 1:
@@ -419,6 +422,8 @@ def arguments(argv):
             raise Refusal(f"--image-size {args.image_size} does not end in maps of 7 and 5: --objective multiscale "
                           f"takes 32, 64, 128 ...")
         channels = (4 if args.image_size == 32 else 8) * args.width           # of the encoder's maps
+        if args.tasks == ["5-5"]:
+            raise Refusal("--tasks 5-5 leaves the global vector, which is kept, as it began: add 1-5 or 1-7")
         if args.units < channels:
             raise Refusal(f"--units {args.units} is less than the encoder's {channels} channels: lower --width")
     elif args.alpha == args.beta == 0:
@@ -444,7 +449,7 @@ def main(argv=None):
     def new_model():
         torch.manual_seed(args.seed)
         if multiscale:
-            model = AMDIM(build_encoder(args))
+            model = AMDIM(build_encoder(args), args.tasks)
         else:
             model = DIM(build_encoder(args), args.views, args.alpha, args.beta, args.gamma, args.estimator, args.critic,
                         args.units)

@@ -8,7 +8,8 @@ of it the key k+ = f_k(x_k), other images the keys k_1 .. k_K, all of length 1 (
 --dictionary chooses among the mechanisms of the paper's figure 2, which differ in where the keys come from:
 
     queue        f_k of the last K images; f_k follows f_q slowly, theta_k = m theta_k + (1 - m) theta_q (equation 2)
-    memory-bank  one stored vector for each training image, a running mean of its q (Wu et al. 2018, 1805.01978)
+    memory-bank  one stored vector for each training image, a running mean of its q (Wu et al. 2018, 1805.01978),
+                 by InfoNCE or, --contrast nce, by Wu et al.'s noise-contrastive estimation
     end-to-end   f_k = f_q of the other images of the batch, with gradients through queries and keys
 
 What is kept, and probed, is f_q without its head.
@@ -17,8 +18,8 @@ What is kept, and probed, is f_q without its head.
     python moco.py --dataset cifar10                        # ResNet-18, 200 epochs
 
 Differences from the papers: batch norm of --bn-groups parts and shuffled keys on one device as on many; a query's own
-vector in the memory bank is no negative; the bank begins as what the untrained encoder says (Wu et al.: at random) and
-is scored by InfoNCE, as in the paper's comparison (Wu et al.: NCE);
+vector in the memory bank is no negative; the bank begins as what the untrained encoder says (Wu et al.: at random), and
+nce's Z is estimated anew on each batch (Wu et al.: on the first ones; on `shapes` the loss then rises to hundreds);
 --symmetric takes the mean of both directions, the authors' CIFAR demo the sum; inputs are in [0, 1], without
 normalisation.
 
@@ -96,11 +97,11 @@ class EncoderWithHead(nn.Module):
 class MoCo(nn.Module):
     """Query encoder, dictionary, and for the queue the key encoder. The dictionary is a buffer: a checkpoint has it."""
 
-    def __init__(self, encoder, dictionary, entries, m=0.999, bank_m=0.5, dim=128):
+    def __init__(self, encoder, dictionary, entries, m=0.999, bank_m=0.5, dim=128, contrast="infonce"):
         """entries: K keys of the queue, or the training images of the memory bank; end-to-end has no memory.
-        m, bank_m in [0, 1): momentum of the key encoder's weights and of the bank's vectors."""
+        m, bank_m in [0, 1): momentum of the key encoder's weights and of the bank's vectors. contrast: the bank's."""
         super().__init__()
-        self.dictionary, self.m, self.bank_m = dictionary, m, bank_m
+        self.dictionary, self.m, self.bank_m, self.contrast = dictionary, m, bank_m, contrast
         self.query = encoder
         if dictionary == "queue":
             self.key = copy.deepcopy(encoder).requires_grad_(False)
@@ -135,7 +136,8 @@ class MoCo(nn.Module):
         h, q = self.query(x_q)
         q = distributed.gather(q)
         own = index[:, None] == drawn                                         # (N, K): no negative to itself
-        return info_nce(q, self.bank[index], self.bank[drawn], tau, own), h, q, None
+        contrast = functools.partial(nce, images=len(self.bank)) if self.contrast == "nce" else info_nce
+        return contrast(q, self.bank[index], self.bank[drawn], tau, own=own), h, q, None
 
     def in_batch(self, x_q, x_k, tau, order):
         """order: as for the queue."""
@@ -193,6 +195,22 @@ def info_nce(q, k, negatives, tau, own=None):
         return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
 
 
+def nce(q, k, negatives, tau, images, own):
+    """Noise-contrastive estimation (Wu et al. 2018, equations 5 to 8), mean over the queries: a scalar.
+
+    Telling the key from m draws of the n = `images`: a logistic regression on log p - log(m / n), p = exp(q.k / tau) /
+    Z, Z = n times the mean of exp(q.k_i / tau) over all queries and negatives, without gradient. The rest as in
+    `info_nce`, all of length 1. Equal keys give log(1 + m) + m log(1 + 1 / m), the chance level.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        others = (q @ negatives.T / tau).masked_fill(own, -math.inf)          # (N, m)
+        drawn = (~own).sum(dim=1, keepdim=True)                               # (N, 1)
+        log_z = others.detach().logsumexp(dim=(0, 1)) + math.log(images) - drawn.sum().log()
+        threshold = log_z + (drawn / images).log()                            # (N, 1)
+        positive = (q * k).sum(dim=1, keepdim=True) / tau - threshold         # (N, 1)
+        return (F.softplus(-positive) + F.softplus(others - threshold).sum(dim=1, keepdim=True)).mean()
+
+
 def step_decay(step, steps):
     """v1's schedule: a factor of 1, after 0.6 of the steps 0.1, after 0.8 of them 0.01."""
     return 0.1 ** ((step >= 0.6 * steps) + (step >= 0.8 * steps))
@@ -204,6 +222,7 @@ DEFAULTS = [  # of a run that makes these choices, where they differ from those 
     # Wu et al.'s for CIFAR-10; its keys come from earlier batches, so batch norm leaks nothing.
     (dict(dictionary="memory-bank"), dict(bn_groups=1, negatives=0, batch_size=128, lr=0.06, augmentation="v1",
                                           crop_min=0.2)),
+    (dict(contrast="nce"), dict(negatives=4096)),
     (dict(dataset="shapes"), dict(image_size=16, width=16, epochs=45, batch_size=128, crop_min=0.4, augmentation="v1",
                                   lr=0.2, tau=0.2, negatives=256, bn_groups=4)),
     (dict(dataset="stl10"), dict(image_size=96)),
@@ -224,6 +243,7 @@ def arguments(argv):
     number("--store-size", None, "[8, inf)", "side that a folder's photographs are kept at, whole, to be cropped from "
         "(default: twice the image size; not more than the largest has)", kind=int)
     add("--dictionary", choices=("queue", "memory-bank", "end-to-end"), default="queue", help="where keys come from")
+    add("--contrast", choices=("infonce", "nce"), default="infonce", help="loss; nce: with the memory bank")
     number("--negatives", None, "[0, inf)", "K: length of the queue (default: a twelfth of the images, 65536 at most), "
         "or vectors drawn from the memory bank (0: all of them)", kind=int)
     # A key encoder that changes fast makes the queue inconsistent: m = 0 fails, 0.9 loses 4 points (section 4.1).
@@ -251,6 +271,8 @@ def arguments(argv):
     parser.refuse_unused(args, unused, f"--dictionary {args.dictionary}")
     if args.dictionary == "queue" and args.negatives == 0:
         raise Refusal("--negatives 0 leaves the queue empty: give its length")
+    if args.contrast == "nce" and args.dictionary != "memory-bank":
+        raise Refusal(f"--contrast nce needs --dictionary memory-bank, not {args.dictionary}")
     if args.dictionary == "memory-bank" and args.symmetric:
         raise Refusal("--symmetric has no second view in --dictionary memory-bank: leave one of them out")
     if args.batch_size % args.bn_groups:
@@ -282,7 +304,8 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         query = EncoderWithHead(args.arch, args.stem, args.width, args.head, max(1, args.bn_groups // world))
         entries = args.negatives if args.dictionary == "queue" else len(images.train)
-        return MoCo(query, args.dictionary, entries, args.m, args.bank_m).to(device, memory_format=torch.channels_last)
+        model = MoCo(query, args.dictionary, entries, args.m, args.bank_m, contrast=args.contrast)
+        return model.to(device, memory_format=torch.channels_last)
 
     model = new_model()
     net = distributed.wrap(model, device, sync_batch_norm=args.bn_groups == 1)
@@ -300,8 +323,8 @@ def main(argv=None):
 
     bank, all_images = args.dictionary == "memory-bank", torch.arange(len(images.train), device=device)
     negatives = args.batch_size - 1 if args.dictionary == "end-to-end" else args.negatives or len(images.train) - 1
-    progress = run.progress(args.epochs, len(batches), args.batch_size,
-                            {"loss": f"chance {math.log(1 + negatives):.3f}"})
+    chance = math.log(1 + negatives) + (negatives * math.log1p(1 / negatives) if args.contrast == "nce" else 0)
+    progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()

@@ -151,7 +151,7 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
     if name in ("shapes", "patterns"):
         classes = shapes.CLASSES if name == "shapes" else shapes.PATTERNS
         (x, y), test = (shapes.draw(n, image_size, 2 * seed + i, classes) for i, n in enumerate((2000, 1000)))
-        parts = [(torch.from_numpy(pixels), labels) for pixels, labels in ((x, None), (x[:500], y[:500]), test)]
+        parts = [(torch.from_numpy(pixels), labels) for pixels, labels in ((x, y), (x[:500], y[:500]), test)]
     else:
         if name == "folder":
             roots = [Path(root) for root in (data_dir if isinstance(data_dir, (list, tuple)) else [data_dir])]
@@ -172,7 +172,7 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
     in_memory = size <= cache_gb * 1e9
     train, labelled, test = (part and Images(*part, device, workers, in_memory) for part in parts)
     centred = train or labelled
-    train = centred if whole is None else Images(whole, None, device, workers, in_memory, aspect)
+    train = centred if whole is None else Images(whole, plain[1], device, workers, in_memory, aspect)
     return Data(train, centred, labelled, test, tuple(classes), why)
 
 

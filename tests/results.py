@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT))                                                 # 
 BUDGETS = {  # image size, epochs, batch size; width of the ResNets; then those of GCRL, and its width
     "cpu": dict(ours=(16, 2, 128), width=8, gcrl=(12, 2, 64), gcrl_width=64, gcrl_flags="--encoder-layers 1 "
                 "--decoder-layers 1 --heads 4 --colours 64 --lr 0.003 --crop-min 0.3", samples=500),
-    "gpu": dict(ours=(32, 100, 512), width=64, gcrl=(32, 100, 256), gcrl_width=256, gcrl_flags="", samples=5000),
-    "gpu-200": dict(ours=(32, 200, 512), width=64, gcrl=(32, 200, 256), gcrl_width=256, gcrl_flags="", samples=5000),
+    "small": dict(recipe="--small", samples=500),                             # each script's own recipe, see RECIPES
+    "gpu": dict(recipe="--epochs 100", samples=5000),
+    "gpu-200": dict(recipe="--epochs 200", samples=5000),
     "tiny": dict(ours=(16, 1, 16), width=2, gcrl=(8, 1, 16), gcrl_width=8, gcrl_flags="--encoder-layers 1 "
                  "--decoder-layers 1 --heads 2 --colours 4", samples=8),
 }
@@ -46,6 +47,17 @@ ROWS = {
     "GCRL, contrastive": "gcrl.py --alpha 0 --beta 1",
     "GCRL, hybrid": "gcrl.py --alpha 1 --beta 1",
 }
+RECIPES = {  # of small, gpu and gpu-200: the choices that make the row; all else is the script's default for CIFAR-10
+    "SimCLR": "simclr.py", "MoCo, queue": "moco.py", "MoCo, memory bank": "moco.py --dictionary memory-bank",
+    "MoCo, end-to-end": "moco.py --dictionary end-to-end", "CMC, L and ab": "cmc.py --dictionary end-to-end",
+    "CMC, Y and CbCr": "cmc.py --dictionary end-to-end --views ycbcr",
+    "CMC, R, G and B": "cmc.py --dictionary end-to-end --views rgb", "CMC, L and ab, memory bank": "cmc.py",
+    "CPC": "cpc.py", "DIM, local": "dim.py --estimator infonce",
+    "DIM, global": "dim.py --estimator infonce --objective global",
+    "DIM, both": "dim.py --estimator infonce --objective both", "AMDIM": "dim.py --objective multiscale",
+    "GCRL, generative": "gcrl.py --alpha 1 --beta 0", "GCRL, contrastive": "gcrl.py --alpha 0 --beta 1",
+    "GCRL, hybrid": "gcrl.py --alpha 1 --beta 1",
+}
 SCORES = ("probability, of the probe", "Mahalanobis, of class means", "Mahalanobis, no labels",
           "kNN distance, no labels", "likelihood, no labels", "likelihood less complexity")
 PUBLISHED = {  # linear accuracy that others report, on CIFAR-10 but where it says otherwise
@@ -61,6 +73,8 @@ PUBLISHED = {  # linear accuracy that others report, on CIFAR-10 but where it sa
 
 def command(row, budget, data, folder, seed):
     """The words of one training run."""
+    if "recipe" in budget:
+        return [*shlex.split(f"{RECIPES[row]} {budget['recipe']}"), *data, "--seed", str(seed), "--out", str(folder)]
     words, gcrl = ROWS[row], row.startswith("GCRL")
     size, epochs, batch = budget["gcrl" if gcrl else "ours"]
     steps = min(5, (size - 8) // 4)                                           # CPC's, within its grid
@@ -199,6 +213,8 @@ def main(argv=None):
     add("--out", type=Path, default=None,
         help="folder of the runs and of table.md; by default runs/results-BUDGET beside the scripts")
     args = parser.parse_args(argv)
+    if args.data_dir and args.budget.startswith("gpu"):
+        parser.error(f"--budget {args.budget} has recipes for CIFAR-10 itself: leave --data-dir out")
     args.out = (args.out or ROOT / "runs" / f"results-{args.budget}").resolve()
     args.ood = [str(Path(name).resolve()) if Path(name).is_dir() else name for name in args.ood]
     args.out.mkdir(parents=True, exist_ok=True)

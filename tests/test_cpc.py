@@ -129,9 +129,18 @@ def test_cut_is_slicing():
 def test_each_patch_is_augmented_alone(augmentation):
     """Equal patches of one image come out different; the crop and the flip are the image's."""
     tile = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8).repeat(1, 1, 2, 2)
-    patches = cpc.view(tile, augment.Random(0), 16, 1.0, augmentation, 8, 8)[0].flatten(0, 1)
+    patches = cpc.view(tile, augment.Random(0), 16, 1.0, augmentation, 0.2, 8, 8)[0].flatten(0, 1)
     assert patches.shape == (4, 3, 8, 8) and 0 <= patches.min() and patches.max() <= 1
     assert sum(torch.equal(a, b) for a in patches for b in patches) == 4
+
+
+def test_share_of_patches_with_one_channel():
+    """The others are grey in all of two channels. Without, none is."""
+    x = torch.randint(1, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    for share in (0.0, 0.3, 1.0):
+        patches = cpc.view(x, augment.Random(0), 16, 1.0, "v2", share, 8, 8).flatten(0, 2)    # (256, 3, 8, 8)
+        dropped = (patches == 0.5).all(dim=(2, 3)).sum(dim=1)
+        assert (dropped == 2).float().mean().item() == pytest.approx(share, abs=0.1)
 
 
 def test_drop_colours_by_value():

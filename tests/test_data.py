@@ -170,7 +170,7 @@ def test_load_shapes(monkeypatch, tmp_path, name, classes):
     draw, seeds = shapes.draw, []
     monkeypatch.setattr(shapes, "draw", lambda n, size, seed, *of: seeds.append(seed) or draw(n // 2, size, seed, *of))
     data, again, other = (load(name, tmp_path / "none", 12, CPU, 0, 0, seed) for seed in (0, 0, 1))
-    assert data.classes == classes and data.unlabelled == "" and data.train.labels is None
+    assert data.classes == classes and data.unlabelled == "" and len(data.train.labels) == len(data.train)
     assert len(data.train) > len(data.labelled) > 0
     assert set(data.labelled.labels.tolist()) == set(range(len(classes)))
     assert everything(data.train)[: len(data.labelled)].equal(everything(data.labelled))

@@ -254,17 +254,19 @@ def test_bounded_scores():
     assert dim.bounded(scores, 20.0).tolist() == pytest.approx([-20, -20 * math.tanh(1), 0, 0.1, 20], abs=1e-5)
 
 
-def test_multiscale_loss_is_its_six_tasks():
+@pytest.mark.parametrize("tasks", [("1-5", "1-7", "5-5"), ("1-5",), ("1-7", "5-5")])
+def test_multiscale_loss_is_its_tasks(tasks):
     """1 to 5, 1 to 7, and one place of 5 to 5, from each view to the other, in loops."""
     torch.manual_seed(0)
-    model = dim.AMDIM(dim.MultiscaleEncoder(32, 4, 8, 1), clip=2.0, penalty=0.05)
+    model = dim.AMDIM(dim.MultiscaleEncoder(32, 4, 8, 1), tasks, clip=2.0, penalty=0.05)
     x, place, n = 3 * torch.rand(6, 3, 32, 32), torch.tensor([3, 24, 0, 7, 1, 24]), 3
     h, (loss, penalty) = model(x, place)
     maps = model.encoder.layers(x)                                            # the same batch statistics
     assert torch.allclose(h, maps[1])
-    vectors = {s: model.embeddings[str(s)](maps[s]).flatten(2).mT.double() for s in (5, 7)}
+    vectors = {int(s): embed(maps[int(s)]).flatten(2).mT.double() for s, embed in model.embeddings.items()}
+    assert set(vectors) == {int(scale) for scale in "".join(tasks) if scale in "57"}
     total, squares = 0.0, 0.0
-    for scale, other in ((1, 5), (1, 7), (5, 5)):
+    for scale, other in (map(int, task.split("-")) for task in tasks):
         for view in (0, 1):
             scores, positives = torch.empty(n, n * other**2, dtype=torch.float64), torch.empty(n, n * other**2).bool()
             for i in range(n):
@@ -300,6 +302,7 @@ def test_views():
     ("--objective multiscale --image-size 48", "--image-size"), ("--objective multiscale --views 1", "--views"),
     ("--objective multiscale --image-size 96", "--image-size"), ("--objective multiscale --units 63", "--units"),
     ("--objective multiscale --critic concat", "--critic"), ("--objective multiscale --arch resnet18", "--arch"),
+    ("--objective multiscale --tasks 5-5", "--tasks"), ("--tasks 1-5", "--tasks"),
     ("--depth 4", "--depth"), ("--alpha 0 --beta 0", "--alpha"), ("--image-size 20", "--image-size")])
 def test_flags_that_cannot_be(flags, named):
     with pytest.raises(Refusal, match=named):

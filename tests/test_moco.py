@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import cmc
+import cpc
 import dim
 import moco
 import simclr
@@ -139,6 +140,14 @@ def test_forward_is_the_mechanism(dictionary):
     assert h.shape == (4, 32) and q.shape == (4, 5)
 
 
+def test_the_bank_by_nce():
+    model = new_model("memory-bank", contrast="nce")
+    index, drawn = torch.tensor([3, 0, 5, 2]), torch.tensor([0, 1, 3, 4])
+    loss, _, q, _ = model(torch.rand(4, 3, 8, 8), None, 0.2, index=index, drawn=drawn)
+    expected = moco.nce(q, model.bank[index], model.bank[drawn], 0.2, 6, index[:, None] == drawn)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("dictionary", ["queue", "end-to-end"])
 def test_symmetric_is_the_mean_of_both_ways(dictionary):
     """And the queue takes in both views' keys afterwards: no query meets its own key among the negatives."""
@@ -253,6 +262,8 @@ def test_a_queue_longer_than_a_quarter_of_the_images_is_refused(tiny, here):
     (moco, "--dataset folder", dict(crop_min=0.2, tau=0.2, m=0.999, batch_size=256, lr=0.03, head="mlp", blur=0.5)),
     (moco, "--dataset cifar10 --dictionary memory-bank", dict(                                # zhirongw/lemniscate
         negatives=0, batch_size=128, lr=0.06, augmentation="v1", crop_min=0.2, tau=0.1, bank_m=0.5, weight_decay=5e-4)),
+    (moco, "--dataset cifar10 --dictionary memory-bank --contrast nce", dict(negatives=4096)),
+    (cpc, "--dataset folder", dict(image_size=260, patch=80, stride=36)),                     # 1905.09272
     (cmc, "--dataset folder", dict(tau=0.07, crop_min=0.08, negatives=16384)),                # HobbitLong/CMC
     (cmc, "--dataset cifar10", dict(batch_size=128, lr=0.06)),                                # 0.03 at 128
     (dim, "--dataset cifar10 --critic concat", dict(units=512)),                              # 1808.06670, appendix

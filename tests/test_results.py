@@ -20,6 +20,12 @@ def test_rows_are_commands(row, budget, data):
     """Each is accepted by its script, with the budget's size, epochs and batch."""
     script, *flags = results.command(row, results.BUDGETS[budget], data, Path("x"), 3)
     args = importlib.import_module(script.removesuffix(".py")).arguments(flags)
+    if "recipe" in results.BUDGETS[budget]:
+        usual = importlib.import_module(script.removesuffix(".py")).arguments(
+            [*results.RECIPES[row].split()[1:], "--dataset", data[1], *(["--small"] if budget == "small" else [])])
+        epochs = {"gpu": 100, "gpu-200": 200}.get(budget, usual.epochs)
+        assert vars(args) == vars(usual) | dict(seed=3, out="x", data_dir=args.data_dir, epochs=epochs)
+        return
     size, epochs, batch = results.BUDGETS[budget]["gcrl" if row.startswith("GCRL") else "ours"]
     assert (args.epochs, args.batch_size, args.seed, args.out) == (epochs, batch, 3, "x")
     assert args.image_size == (32 if row == "AMDIM" else size)

@@ -105,7 +105,7 @@ def test_nothing_is_made_before_training(script, here, tiny, monkeypatch):
 
     more = {"cmc": ("--dictionary", "memory-bank")}.get(script.__name__, ())
     places = [(script.Run, "data"), (script, "cosine"), (script.Run, "progress")]
-    places += [(script, name) for name in ("fit_palette", "initialise") if hasattr(script, name)]
+    places += [(script, name) for name in ("fit_palette", "fill_banks") if hasattr(script, name)]
     for place, name in places:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(place, name, interrupted)

@@ -134,6 +134,12 @@ def test_unlabelled_folder(script, tiny, images, here):
     assert Path("run/neighbours.png").exists()
 
 
+def test_supervised_without_labels(tiny, images, here):
+    with pytest.raises(Refusal, match="--loss supervised needs labels"):
+        simclr.main(tiny(simclr, "--loss", "supervised", "--data-dir", images / "train" / "red"))
+    assert not list(here.iterdir())
+
+
 def test_unlabelled_is_said(either, tiny, images, here, capsys):
     either.main(tiny(either, "--data-dir", images / "train" / "red", "--epochs", 1))
     assert "no linear probe and no kNN" in (out := capsys.readouterr().out) and "no train/CLASS folders" in out
@@ -235,13 +241,16 @@ BAD = {
              "--width 0", "--device nonsense", "--dataset mnist", "--seed -1",
              "--workers -1", "--cache-gb nan", "--amp fp16", "--data-dir nowhere", "--learning-rate 1", "--resume"],
     "simclr": ["--store-size 64 --dataset shapes", "--margin 0.5", "--semi-hard", "--tau 0.3 --loss margin",
-               "--projection-dim 3 --head none", "--blur 1.1", "--arch resnet9", "--stem big", "--optimizer adam", "--warmup 2", "--jitter -1"],
-    "moco": ["--dictionary book", "--negatives 0", "--negatives -1", "--m 2", "--bank-m -1", "--head none", "--blur 2",
+               "--projection-dim 3 --head none", "--head linear --loss supervised", "--blur 1.1", "--arch resnet9",
+               "--stem big", "--optimizer adam", "--warmup 2", "--jitter -1"],
+    "moco": ["--contrast nce", "--dictionary book", "--negatives 0", "--negatives -1", "--m 2", "--bank-m -1",
+             "--head none", "--blur 2",
              "--bn-groups 3", "--bn-groups 0", "--symmetric --dictionary memory-bank", "--schedule none"],
     "cmc": ["--views hsv", "--views-dir x", "--graph star", "--contrast l2", "--negatives -1", "--bank-m 1.5",
             "--jitter -1", "--dictionary queue", "--dataset fashionmnist"],
     "cpc": ["--patch 0", "--patch 9", "--stride 0", "--stride 3", "--steps 1", "--steps 3", "--directions 2",
-            "--norm group", "--augmentation v3", "--context-width 0", "--warmup 2"],
+            "--norm group", "--augmentation v3", "--colour-drop 0.5 --augmentation v1",
+            "--context-width 0", "--warmup 2"],
     "dim": ["--objective all", "--estimator nwj", "--critic sum", "--alpha -1", "--beta -1", "--gamma nan", "--units 0",
             "--depth 0", "--views 3", "--arch resnet9", "--image-size 12", "--beta 0", "--objective multiscale"],
     "gcrl": ["--warmup 2", "--jitter -1", "--alpha 0 --beta 0", "--alpha -1", "--heads 3", "--heads 0",
@@ -475,7 +484,8 @@ def test_beta_zero(tiny, here, monkeypatch):
 
 
 @pytest.mark.parametrize("script, flags", [
-    (simclr, "--optimizer lars"), (simclr, "--loss logistic --semi-hard --head linear"),
+    (simclr, "--optimizer lars"), (simclr, "--loss supervised --dataset shapes"), (simclr, "--head mlp-bn"),
+    (moco, "--dictionary memory-bank --contrast nce"), (simclr, "--loss logistic --semi-hard --head linear"),
     (simclr, "--loss margin --head none --augmentations cutout rotation noise sobel --one-branch"),
     (simclr, "--arch resnet50"), (simclr, "--amp bf16"),
     (moco, "--dictionary memory-bank"), (moco, "--dictionary memory-bank --negatives 0"), (moco, "--symmetric"),
@@ -488,6 +498,7 @@ def test_beta_zero(tiny, here, monkeypatch):
     (dim, "--objective global"), (dim, "--objective both --critic concat --estimator dv --views 2"),
     (dim, "--estimator infonce --gamma 0"),
     (dim, "--arch resnet18 --stem cifar --amp bf16"),
+    (dim, "--objective multiscale --tasks 1-7 --image-size 32 --width 2 --units 8 --depth 1 --batch-size 8"),
     (dim, "--objective multiscale --image-size 32 --width 2 --units 8 --depth 2 --batch-size 8")],
     ids=lambda value: getattr(value, "__name__", value))
 def test_variants_train_and_resume(script, flags, tiny, here, same, content, monkeypatch):
