@@ -219,11 +219,9 @@ def arguments(argv):
     argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
     if "--views-dir" in argv:
         argv = ["--dataset", "folder", *argv]
-    parser = cli.RunParser(__file__, "CMC", [name for name in data.NAMES if name != "fashionmnist"])       # grey
+    parser = cli.RunParser(__file__, "CMC", epochs=200, batch_size=128, photographs=True,
+                           datasets=[name for name in data.NAMES if name != "fashionmnist"])            # that is grey
     add, number = parser.add_argument, parser.number
-    number("--image-size", 32, "[8, inf)", "side of the images, pixels")
-    number("--store-size", None, "[8, inf)", "side that a folder's photographs are kept at, whole, to be cropped from "
-        "(default: twice the image size; not more than the largest has)", kind=int)
     add("--views", choices=CHANNELS, default="lab", help="channels that are views: L and ab, Y and CbCr, or R, G and B")
     add("--views-dir", nargs="+", metavar="DIR", help="views of your own: folders with images of the same names")
     add("--graph", choices=("full", "core"), default="full", help="pairs of views: all, or those with the first")
@@ -236,9 +234,7 @@ def arguments(argv):
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoders")
     number("--width", 32, "[1, inf)", "channels of an encoder's first stage (paper: half of 64)")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
-    number("--epochs", 200, "[1, inf)", "passes over the training images")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
-    number("--batch-size", 128, "[2, inf)", "images a step, over all processes")
     number("--lr", 0.06, "(0, inf)", "peak learning rate for 256 images; scaled by batch size / 256")
     number("--weight-decay", 5e-4, "[0, inf)", "of all weights (paper: 0.0001)")
     number("--tau", 0.1, "(0, inf)", "temperature of the loss (ImageNet: 0.07)")

@@ -223,11 +223,8 @@ DEFAULTS = [  # of a run that makes these choices, where they differ from those 
 
 
 def arguments(argv):
-    parser = cli.RunParser(__file__, "CPC")
+    parser = cli.RunParser(__file__, "CPC", epochs=200, batch_size=64, photographs=True)
     add, number = parser.add_argument, parser.number
-    number("--image-size", 32, "[8, inf)", "side of the images, pixels")
-    number("--store-size", None, "[8, inf)", "side that a folder's photographs are kept at, whole, to be cropped from "
-        "(default: twice the image size; not more than the largest has)", kind=int)
     number("--patch", 8, "[1, inf)", "side of a patch, pixels (256-pixel ImageNet, v1: 64, v2: 80)")
     number("--stride", 4, "[1, inf)", "from patch to patch, pixels (v1: 32; 7 rows of 80: 29)")
     number("--steps", 5, "[1, inf)", "rows ahead that are predicted, at most (v1: 5)")
@@ -245,9 +242,7 @@ def arguments(argv):
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
     number("--width", 64, "[1, inf)", "channels of the encoder's first stage")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
-    number("--epochs", 200, "[1, inf)", "passes over the training images")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
-    number("--batch-size", 64, "[2, inf)", "images a step, over all processes")
     number("--lr", 2e-4, "(0, inf)", "peak learning rate of Adam (v1: 0.0002)")
     number("--weight-decay", 1e-5, "[0, inf)", "of all weights")
     args = parser.parse(argv, DEFAULTS)

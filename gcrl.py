@@ -293,9 +293,8 @@ DEFAULTS = [  # of a run that makes these choices, where they differ from those 
 
 
 def arguments(argv):
-    parser = cli.RunParser(__file__, "GCRL")
+    parser = cli.RunParser(__file__, "GCRL", epochs=100, batch_size=256)
     add, number = parser.add_argument, parser.number
-    number("--image-size", 32, "[8, inf)", "side of the images, pixels")
     number("--alpha", 1.0, "[0, inf)", "weight of the generative loss, nats per predicted token")
     number("--beta", 1.0, "[0, inf)", "weight of the contrastive loss, nats")
     number("--colours", 512, "[2, 4096]", "colours of the palette")
@@ -305,9 +304,7 @@ def arguments(argv):
     number("--heads", 8, "[1, inf)", "attention heads, a divisor of the width")
     number("--crop-min", 0.08, "(0, 1]", "strong view: least share of the area kept")
     number("--jitter", 0.5, "[0, inf)", "strong view: strength s of the colour distortion")
-    number("--epochs", 100, "[1, inf)", "passes over the training images")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
-    number("--batch-size", 256, "[2, inf)", "images a step, over all processes")
     number("--micro-batch", None, "[1, inf)", "images that go through the network at once (default: what takes about 2 "
         "GB, on a GPU 4): loss and gradients are the batch's all the same; all at once is a fifth faster", kind=int)
     number("--lr", 1e-3, "(0, inf)", "peak learning rate of AdamW")

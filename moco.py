@@ -1,11 +1,11 @@
 """MoCo: Momentum Contrast for Unsupervised Visual Representation Learning (He et al. 2019, 1911.05722; v2: 2003.04297).
 
-Contrastive learning as looking up a key in a dictionary. A view of an image gives the query q = f_q(x_q), another view
-of it the key k+ = f_k(x_k), other images the keys k_1 .. k_K, all of length 1 (equation 1, InfoNCE):
+Contrastive learning as looking up a key in a dictionary. One view of an image gives the query q = f_q(x_q), another
+its key k+ = f_k(x_k), other images the keys k_1 .. k_K, all of length 1 (equation 1, InfoNCE):
 
     L_q = -log  exp(q.k+ / tau) / (exp(q.k+ / tau) + sum_{i=1..K} exp(q.k_i / tau))
 
---dictionary chooses among the mechanisms of the paper's figure 2, which differ in where the keys come from:
+--dictionary chooses where the keys come from (figure 2):
 
     queue        f_k of the last K images; f_k follows f_q slowly, theta_k = m theta_k + (1 - m) theta_q (equation 2)
     memory-bank  one stored vector for each training image, a running mean of its q (Wu et al. 2018, 1805.01978),
@@ -17,11 +17,10 @@ What is kept, and probed, is f_q without its head.
     python moco.py                                          # embedded data, two minutes on two cores
     python moco.py --dataset cifar10                        # ResNet-18, 200 epochs
 
-Differences from the papers: batch norm of --bn-groups parts and shuffled keys on one device as on many; a query's own
-vector in the memory bank is no negative; the bank begins as what the untrained encoder says (Wu et al.: at random), and
-nce's Z is estimated anew on each batch (Wu et al.: on the first ones; on `shapes` the loss then rises to hundreds);
---symmetric takes the mean of both directions, the authors' CIFAR demo the sum; inputs are in [0, 1], without
-normalisation.
+Differences from the papers: batch norm works on --bn-groups parts, and keys are shuffled, on one device as on many; a
+query's own vector in the memory bank is no negative; the bank begins as the untrained encoder's output (Wu et al.: at
+random), and nce's Z is estimated on each batch (Wu et al.: on the first ones; on `shapes` the loss then rises to
+hundreds); --symmetric averages both directions (MoCo's CIFAR demo: the sum); inputs in [0, 1] are not normalised.
 
 Measured, linear / kNN: `shapes` over three seeds queue 66.8 / 51.8, memory bank 59.6 / 45.4, end-to-end 73.9 / 59.4
 (untrained 30.8 / 15.8), a minute on a core of an EPYC; `--dataset cifar10 --small` 60.7 / 58.8 (37.5 / 33.0).
@@ -43,9 +42,9 @@ from common.run import Run, cosine
 def view(x, rng, size, crop_min, augmentation, blur, aspect=None):
     """One random view of each image: x uint8 (N, 3, H, W) to float (N, 3, size, size) in [0, 1].
 
-    crop_min: least share of the area that a crop keeps. augmentation: "v1" jitters the colours of every view and their
-    hue strongly, "v2" those of 0.8 of the views, their hue weakly. blur: share of the views that are blurred. aspect:
-    (N,), width / height of photographs squashed to these squares.
+    crop_min: least share of the area that a crop keeps. augmentation: "v1" jitters the colours of every view and turns
+    the hue strongly, "v2" of 0.8 of them, weakly. blur: share of the views that are blurred. aspect: (N,), width /
+    height of photographs squashed to these squares.
     """
     share, hue = {"v1": (1.0, 0.4), "v2": (0.8, 0.1)}[augmentation]
     x = augment.random_resized_crop(x.float() / 255, rng, size, (crop_min, 1.0), aspect)
@@ -101,8 +100,7 @@ class MoCo(nn.Module):
         """entries: K keys of the queue, or the training images of the memory bank; end-to-end has no memory.
         m, bank_m in [0, 1): momentum of the key encoder's weights and of the bank's vectors. contrast: the bank's."""
         super().__init__()
-        self.dictionary, self.m, self.bank_m, self.contrast = dictionary, m, bank_m, contrast
-        self.query = encoder
+        self.query, self.dictionary, self.m, self.bank_m, self.contrast = encoder, dictionary, m, bank_m, contrast
         if dictionary == "queue":
             self.key = copy.deepcopy(encoder).requires_grad_(False)
             self.register_buffer("queue", F.normalize(torch.randn(entries, dim), dim=1))      # (K, C)
@@ -114,7 +112,7 @@ class MoCo(nn.Module):
         """The loss of a batch, the features h of x1, and q and k (or None) for `remember`.
 
         x1, x2: (N, 3, S, S) views. symmetric: each is the query once, and the loss the mean; else x1 is. draws: what
-        the mechanism asks for, see there. DistributedDataParallel asks that a step calls this once.
+        the mechanism asks for, see there.
         """
         look_up = {"queue": self.in_queue, "memory-bank": self.in_bank, "end-to-end": self.in_batch}[self.dictionary]
         loss, h, q, k = look_up(x1, x2, tau, **draws)
@@ -219,7 +217,7 @@ def step_decay(step, steps):
 # ---- arguments
 
 DEFAULTS = [  # of a run that makes these choices, where they differ from those below
-    # Wu et al.'s for CIFAR-10; its keys come from earlier batches, so batch norm leaks nothing.
+    # Wu et al.'s for CIFAR-10; keys are of earlier batches, so batch norm leaks nothing.
     (dict(dictionary="memory-bank"), dict(bn_groups=1, negatives=0, batch_size=128, lr=0.06, augmentation="v1",
                                           crop_min=0.2)),
     (dict(contrast="nce"), dict(negatives=4096)),
@@ -237,15 +235,12 @@ DEFAULTS = [  # of a run that makes these choices, where they differ from those 
 
 
 def arguments(argv):
-    parser = cli.RunParser(__file__, "MoCo")
+    parser = cli.RunParser(__file__, "MoCo", epochs=200, batch_size=512, photographs=True)
     add, number = parser.add_argument, parser.number
-    number("--image-size", 32, "[8, inf)", "side of the images, pixels")
-    number("--store-size", None, "[8, inf)", "side that a folder's photographs are kept at, whole, to be cropped from "
-        "(default: twice the image size; not more than the largest has)", kind=int)
     add("--dictionary", choices=("queue", "memory-bank", "end-to-end"), default="queue", help="where keys come from")
     add("--contrast", choices=("infonce", "nce"), default="infonce", help="loss; nce: with the memory bank")
     number("--negatives", None, "[0, inf)", "K: length of the queue (default: a twelfth of the images, 65536 at most), "
-        "or vectors drawn from the memory bank (0: all of them)", kind=int)
+        "or draws from the memory bank (0: all of it)", kind=int)
     # A key encoder that changes fast makes the queue inconsistent: m = 0 fails, 0.9 loses 4 points (section 4.1).
     number("--m", 0.99, "[0, 1]", "momentum of the key encoder (paper: 0.999)")
     number("--bank-m", 0.5, "[0, 1]", "momentum of the memory bank's vectors")
@@ -259,11 +254,8 @@ def arguments(argv):
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
     number("--width", 64, "[1, inf)", "channels of the encoder's first stage")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
-    number("--epochs", 200, "[1, inf)", "passes over the training images")
-    number("--batch-size", 512, "[2, inf)", "images a step, over all processes")
     number("--lr", 0.03, "(0, inf)", "peak learning rate for 256 images; scaled by batch size / 256")
-    add("--schedule", choices=("steps", "cosine"), default="cosine",
-        help="v1: steps (a tenth after 0.6 and 0.8 of the epochs), v2: cosine")
+    add("--schedule", choices=("steps", "cosine"), default="cosine", help="v1: steps at 0.6 and 0.8 of the epochs")
     number("--weight-decay", 5e-4, "[0, inf)", "of all weights (paper: 0.0001)")
     number("--tau", 0.1, "(0, inf)", "temperature of the loss (v1: 0.07, v2: 0.2)")
     args = parser.parse(argv, DEFAULTS)
@@ -294,17 +286,17 @@ def main(argv=None):
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
     images, batches = run.data(store_size=args.store_size or 2 * args.image_size)
 
+    n, bank = len(images.train), args.dictionary == "memory-bank"
     if args.dictionary == "queue" and args.negatives is None:                 # 4,096 of CIFAR-10's, as in MoCo's demo
-        args.negatives = max(1, min(65536, len(images.train) // 12 // 256 * 256 or len(images.train) // 12))
-    if args.dictionary == "queue" and args.negatives > len(images.train) / 4:
-        raise Refusal(f"--negatives {args.negatives} is more than a quarter of the {len(images.train)} images, so that "
-                      f"a query often meets keys of its own image as negatives: give {len(images.train) // 4} at most")
+        args.negatives = max(1, min(65536, n // 12 // 256 * 256 or n // 12))
+    if args.dictionary == "queue" and args.negatives > n / 4:
+        raise Refusal(f"--negatives {args.negatives} is more than a quarter of the {n} images, so that a query often "
+                      f"meets keys of its own image as negatives: give {n // 4} at most")
 
     def new_model():
         torch.manual_seed(args.seed)
         query = EncoderWithHead(args.arch, args.stem, args.width, args.head, max(1, args.bn_groups // world))
-        entries = args.negatives if args.dictionary == "queue" else len(images.train)
-        model = MoCo(query, args.dictionary, entries, args.m, args.bank_m, contrast=args.contrast)
+        model = MoCo(query, args.dictionary, n if bank else args.negatives, args.m, args.bank_m, contrast=args.contrast)
         return model.to(device, memory_format=torch.channels_last)
 
     model = new_model()
@@ -321,8 +313,8 @@ def main(argv=None):
     random_view = functools.partial(view, size=args.image_size, crop_min=args.crop_min,
                                     augmentation=args.augmentation, blur=args.blur)
 
-    bank, all_images = args.dictionary == "memory-bank", torch.arange(len(images.train), device=device)
-    negatives = args.batch_size - 1 if args.dictionary == "end-to-end" else args.negatives or len(images.train) - 1
+    all_images = torch.arange(n, device=device)
+    negatives = args.batch_size - 1 if args.dictionary == "end-to-end" else args.negatives or n - 1
     chance = math.log(1 + negatives) + (negatives * math.log1p(1 / negatives) if args.contrast == "nce" else 0)
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
@@ -347,7 +339,7 @@ def main(argv=None):
                 if bank:                                                      # of the whole batch of all processes
                     index, drawn = distributed.gather(index.to(device)), all_images
                     if args.negatives:
-                        drawn = torch.randint(len(all_images), (args.negatives,), generator=rng.generator).to(device)
+                        drawn = torch.randint(n, (args.negatives,), generator=rng.generator).to(device)
                     draws = dict(index=index, drawn=drawn)
                 else:
                     order = torch.randperm(args.batch_size, generator=rng.generator)

@@ -229,11 +229,8 @@ DEFAULTS = [  # of a run that makes these choices, where they differ from those 
 
 
 def arguments(argv):
-    parser = cli.RunParser(__file__, "SimCLR")
+    parser = cli.RunParser(__file__, "SimCLR", epochs=200, batch_size=512, photographs=True)
     add, number = parser.add_argument, parser.number
-    number("--image-size", 32, "[8, inf)", "side of the images, pixels")
-    number("--store-size", None, "[8, inf)", "side that a folder's photographs are kept at, whole, to be cropped from "
-        "(default: twice the image size; not more than the largest has)", kind=int)
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
     number("--width", 64, "[1, inf)", "channels of the encoder's first stage")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
@@ -244,9 +241,7 @@ def arguments(argv):
         help="operations on the views: " + ", ".join(RECIPE + STUDIED) + "; and --blur")
     add("--one-branch", action="store_true", help="one of the two views is only cropped, as in figure 5 of the paper")
     number("--blur", 0.0, "[0, 1]", "share of the views blurred (ImageNet: 0.5)")
-    number("--epochs", 200, "[1, inf)", "passes over the training images")
     number("--warmup", 0.0, "[0, 1]", "share of the epochs with a rising rate")
-    number("--batch-size", 512, "[2, inf)", "images a step, over all processes")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="lars is the paper's")
     number("--lr", 0.03, "(0, inf)", "peak learning rate for 256 images; scaled by batch size / 256")
     number("--weight-decay", 5e-4, "[0, inf)", "of all weights but biases and batch norm")

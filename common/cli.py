@@ -44,7 +44,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 class RunParser(Parser):
     """The parser of a script that trains, with the flags that mean the same to every method."""
 
-    def __init__(self, script, method, datasets=data.NAMES):
+    def __init__(self, script, method, epochs, batch_size, photographs=False, datasets=data.NAMES):
+        """epochs, batch_size: their defaults. photographs: whether views are cut from a folder's whole photographs."""
         super().__init__(prog=Path(script).name, add_help=False, description=f"{method}. The defaults shown are those "
                          f"of --dataset shapes, or of the choices that stand beside --help.")
         add = self.add_argument_group("settings that all methods share").add_argument
@@ -55,6 +56,13 @@ class RunParser(Parser):
             "without a GPU: smaller images, networks and batches, fewer epochs; other flags go before it")
         add("--data-dir", default="data", metavar="DIR",
             help="folder of downloads, or of your images (DIR/train/CLASS/*, DIR/test/CLASS/*)")
+        add("--image-size", type=in_interval("[8, inf)", int), default=32, help="side of the images, pixels")
+        if photographs:
+            add("--store-size", type=in_interval("[8, inf)", int), help="side that a folder's photographs are kept at, "
+                "whole, to be cropped from (default: twice the image size; not more than the largest has)")
+        add("--epochs", type=in_interval("[1, inf)", int), default=epochs, help="passes over the training images")
+        add("--batch-size", type=in_interval("[2, inf)", int), default=batch_size,
+            help="images a step, over all processes")
         add("--seed", type=in_interval("[0, 4294967295]", int), default=0,
             help="of the weights, the order, the augmentation, and of shapes")
         add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
