@@ -1,65 +1,46 @@
-"""The README's tables of results:   python tests/results.py --budget gpu [--data-dir DIR] [--seeds 1] [--jobs 1]
+"""The README's tables of results and of claims, measured:
 
-Trains and judges every row, one after the other or --jobs at a time, in --out; what is there is not done again, and
-what was stopped goes on. Writes --out/table.md. With --data-dir the images are a folder's, else CIFAR-10 is downloaded.
+    python tests/results.py --budget small [--seeds 3] [--jobs 2]   # every method, by each script's own recipe
+    python tests/results.py --claims [NAME ...] --data-dir DIR      # small experiments behind the papers' sentences
+
+Trains and evaluates every row, one after the other or --jobs at a time, in --out. What is there is not done again, and
+what was stopped goes on. What a row gave goes to tests/results/BUDGET/ROW-SEED.json, the tables to
+tests/results/BUDGET.md and tests/results/claims.md. With --data-dir the images are a folder's (DIR/train/CLASS/*,
+DIR/test/CLASS/*), else CIFAR-10 is downloaded.
 """
 import argparse
+import hashlib
 import importlib
 import json
+import math
 import shlex
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "tests" / "results"
 sys.path.insert(0, str(ROOT))                                                 # for the scripts' arguments
-BUDGETS = {  # image size, epochs, batch size; width of the ResNets; then those of GCRL, and its width
-    "cpu": dict(ours=(16, 2, 128), width=8, gcrl=(12, 2, 64), gcrl_width=64, gcrl_flags="--encoder-layers 1 "
-                "--decoder-layers 1 --heads 4 --colours 64 --lr 0.003 --crop-min 0.3", samples=500),
-    "small": dict(recipe="--small", samples=500),                             # each script's own recipe, see RECIPES
-    "gpu": dict(recipe="--epochs 100", samples=5000),
-    "gpu-200": dict(recipe="--epochs 200", samples=5000),
-    "tiny": dict(ours=(16, 1, 16), width=2, gcrl=(8, 1, 16), gcrl_width=8, gcrl_flags="--encoder-layers 1 "
-                 "--decoder-layers 1 --heads 2 --colours 4", samples=8),
+BUDGETS = {  # flags of every row
+    "shapes": "--dataset shapes",
+    "small": "--small",
+    "gpu": "--epochs 100",
+    "gpu-200": "--epochs 200",
 }
-RESNET = "--arch resnet18 --stem cifar"
-MOCO = f"moco.py {RESNET} --width W --blur 0 --tau 0.1 --crop-min 0.2 --lr 0.12 --head linear --weight-decay 1e-4"
-CMC = f"cmc.py {RESNET} --width H --crop-min 0.4 --lr 0.2 --weight-decay 1e-4"
-DIM = f"dim.py {RESNET} --width W --units 512 --views 2 --estimator infonce --lr 0.001"
-ROWS = {
-    "SimCLR": f"simclr.py {RESNET} --width W --jitter 0.5 --blur 0 --crop-min 0.2 --tau 0.2 --lr 0.2 "
-              "--optimizer sgd --weight-decay 1e-4 --warmup 0.05",
-    "MoCo, queue": f"{MOCO} --dictionary queue --negatives 4096 --m 0.99",
-    "MoCo, memory bank": f"{MOCO} --dictionary memory-bank --negatives 4096 --augmentation v2",
-    "MoCo, end-to-end": f"{MOCO} --dictionary end-to-end",
-    "CMC, L and ab": f"{CMC} --views lab --dictionary end-to-end --tau 0.2",
-    "CMC, Y and CbCr": f"{CMC} --views ycbcr --dictionary end-to-end --tau 0.2",
-    "CMC, R, G and B": f"{CMC} --views rgb --dictionary end-to-end --tau 0.2",
-    "CMC, L and ab, memory bank": f"{CMC} --views lab --dictionary memory-bank --negatives 4096 --tau 0.1",
-    "CPC": f"cpc.py {RESNET} --width W --patch 8 --stride 4 --steps K --context-width 64 --lr 0.001",
-    "DIM, local": f"{DIM} --objective local",
-    "DIM, global": f"{DIM} --objective global",
-    "DIM, both": f"{DIM} --objective both",
-    "AMDIM": "dim.py --objective multiscale --image-size 32 --width W --units 512 --depth 1 --lr 0.001",
-    "GCRL, generative": "gcrl.py --alpha 1 --beta 0",
-    "GCRL, contrastive": "gcrl.py --alpha 0 --beta 1",
-    "GCRL, hybrid": "gcrl.py --alpha 1 --beta 1",
-}
-RECIPES = {  # of small, gpu and gpu-200: the choices that make the row; all else is the script's default for CIFAR-10
+ROWS = {  # the choices that make the row; all else is the script's default for the data set
     "SimCLR": "simclr.py", "MoCo, queue": "moco.py", "MoCo, memory bank": "moco.py --dictionary memory-bank",
     "MoCo, end-to-end": "moco.py --dictionary end-to-end", "CMC, L and ab": "cmc.py --dictionary end-to-end",
     "CMC, Y and CbCr": "cmc.py --dictionary end-to-end --views ycbcr",
-    "CMC, R, G and B": "cmc.py --dictionary end-to-end --views rgb", "CMC, L and ab, memory bank": "cmc.py",
-    "CPC": "cpc.py", "DIM, local": "dim.py --estimator infonce",
-    "DIM, global": "dim.py --estimator infonce --objective global",
+    "CMC, R, G and B": "cmc.py --dictionary end-to-end --views rgb",
+    "CMC, L and ab, memory bank": "cmc.py --dictionary memory-bank", "CPC": "cpc.py",
+    "DIM, local": "dim.py --estimator infonce", "DIM, global": "dim.py --estimator infonce --objective global",
     "DIM, both": "dim.py --estimator infonce --objective both", "AMDIM": "dim.py --objective multiscale",
     "GCRL, generative": "gcrl.py --alpha 1 --beta 0", "GCRL, contrastive": "gcrl.py --alpha 0 --beta 1",
     "GCRL, hybrid": "gcrl.py --alpha 1 --beta 1",
 }
-SCORES = ("probability, of the probe", "Mahalanobis, of class means", "Mahalanobis, no labels",
-          "kNN distance, no labels", "likelihood, no labels", "likelihood less complexity")
 PUBLISHED = {  # linear accuracy that others report, on CIFAR-10 but where it says otherwise
     "SimCLR": "85.6 (ResNet-18, batch 512, 100 epochs: dkobak/simclr-cifar10)",
     "MoCo, queue": "kNN 82.6 (200 epochs: MoCo's CIFAR demo)",
@@ -70,22 +51,138 @@ PUBLISHED = {  # linear accuracy that others report, on CIFAR-10 but where it sa
     "AMDIM": "91.2 (its large encoder, 300 epochs)",
 }
 
+# ---- claims: each is one sentence of a paper, the arms that test it, and what must be so for it to hold
 
-def command(row, budget, data, folder, seed):
-    """The words of one training run."""
-    if "recipe" in budget:
-        return [*shlex.split(f"{RECIPES[row]} {budget['recipe']}"), *data, "--seed", str(seed), "--out", str(folder)]
-    words, gcrl = ROWS[row], row.startswith("GCRL")
-    size, epochs, batch = budget["gcrl" if gcrl else "ours"]
-    steps = min(5, (size - 8) // 4)                                           # CPC's, within its grid
-    for letter, value in (("W", budget["width"]), ("H", max(1, budget["width"] // 2)), ("K", max(2, steps))):
-        words = words.replace(f" {letter} ", f" {value} ")
-    if gcrl:
-        words += f" --width {budget['gcrl_width']} {budget['gcrl_flags']}"
-    if "--image-size" not in words:
-        words += f" --image-size {size}"
-    return [*shlex.split(words), *data, "--epochs", str(epochs), "--batch-size", str(batch), "--seed", str(seed),
-            "--out", str(folder)]
+SMALL = "--small --image-size 16 --width 8 --epochs 10 --batch-size 128"
+SIMCLR, MOCO = f"simclr.py {SMALL}", f"moco.py {SMALL} --negatives 1024"
+CPC = "cpc.py --small --image-size 16 --patch 8 --stride 4 --steps 2 --width 8 --epochs 10"
+DIM, AMDIM = f"dim.py {SMALL}", "dim.py --objective multiscale --small --width 8 --units 128 --epochs 4"
+CMC, BANK = f"cmc.py {SMALL} --width 4 --dictionary end-to-end", f"moco.py {SMALL} --dictionary memory-bank"
+GCRL = "gcrl.py --small --image-size 12 --width 64 --encoder-layers 1 --decoder-layers 1 --heads 4 --epochs 4"
+MORE, LESS, NOT_MORE = ">", "<", "not >"
+CLAIMS = {  # name: (sentence, {arm: command, or (command, row of its table), or (command, measure)}, [(a, sign, b)])
+    "composition": (
+        "Random crop with colour distortion learns far more than either alone or another pair (SimCLR, figure 5)",
+        {"crop + colour": f"{SIMCLR} --augmentations crop flip colour grey",
+         "crop": f"{SIMCLR} --augmentations crop flip", "colour": f"{SIMCLR} --augmentations flip colour grey",
+         "crop + blur": f"{SIMCLR} --augmentations crop flip --blur 0.5",
+         "crop + grey": f"{SIMCLR} --augmentations crop flip grey"},
+        [("crop + colour", MORE, other) for other in ("crop", "colour", "crop + blur", "crop + grey")]),
+    "colour": (
+        "Stronger colour distortion helps the contrastive network and not the supervised one (SimCLR, table 1)",
+        {f"{kind}, s = {s}": f"{SIMCLR} --jitter {s}{flag}" for s in (0.125, 0.5)
+         for kind, flag in (("contrastive", ""), ("supervised", " --loss supervised"))},
+        [("contrastive, s = 0.5", MORE, "contrastive, s = 0.125"),
+         ("supervised, s = 0.5", NOT_MORE, "supervised, s = 0.125")]),
+    "head": (
+        "A non-linear head is better than a linear one, and that better than none (SimCLR, figure 8)",
+        {"non-linear": f"{SIMCLR} --augmentations crop flip colour grey", "linear": f"{SIMCLR} --head linear",
+         "none": f"{SIMCLR} --head none"},
+        [("non-linear", MORE, "linear"), ("linear", MORE, "none")]),
+    "before-head": (
+        "h, before the head, is a better representation than z behind it (SimCLR, table 3)",
+        {"h": f"{SIMCLR} --augmentations crop flip colour grey",
+         "z": (f"{SIMCLR} --augmentations crop flip colour grey", "projection")}, [("h", MORE, "z")]),
+    "loss": (
+        "NT-Xent learns more than the logistic and the margin loss (SimCLR, table 4)",
+        {"NT-Xent": f"{SIMCLR} --augmentations crop flip colour grey", "logistic": f"{SIMCLR} --loss logistic",
+         "margin": f"{SIMCLR} --loss margin"}, [("NT-Xent", MORE, "logistic"), ("NT-Xent", MORE, "margin")]),
+    "temperature": (
+        "The temperature matters: a middling one is better than a high one (SimCLR, table 5)",
+        {"tau = 0.2": f"{SIMCLR} --augmentations crop flip colour grey", "tau = 1": f"{SIMCLR} --tau 1"},
+        [("tau = 0.2", MORE, "tau = 1")]),
+    "longer": (
+        "Longer training learns more (SimCLR, figure 9)",
+        {"10 epochs": f"{SIMCLR} --augmentations crop flip colour grey", "3 epochs": f"{SIMCLR} --epochs 3"},
+        [("10 epochs", MORE, "3 epochs")]),
+    "larger-batch": (
+        "With few epochs a larger batch learns more (SimCLR, figure 9)",
+        {"batch 32": f"{SIMCLR} --batch-size 32", "batch 256": f"{SIMCLR} --batch-size 256"},
+        [("batch 256", MORE, "batch 32")]),
+    "negatives": (
+        "More negatives learn more, in the queue as in the memory bank (MoCo, figure 3)",
+        {"queue of 128": f"{MOCO} --negatives 128", "queue of 2048": f"{MOCO} --negatives 2048",
+         "bank, 128 drawn": f"{BANK} --negatives 128", "bank, all": f"{BANK} --negatives 0"},
+        [("queue of 2048", MORE, "queue of 128"), ("bank, all", MORE, "bank, 128 drawn")]),
+    "momentum": (
+        "A slowly moving key encoder is better than one that is copied each step (MoCo, section 4.1)",
+        {"m = 0": f"{MOCO} --m 0", "m = 0.9": f"{MOCO} --m 0.9", "m = 0.99": MOCO},
+        [("m = 0.99", MORE, "m = 0"), ("m = 0.9", MORE, "m = 0")]),
+    "shuffling": (
+        "Without shuffling, batch norm leaks: the loss falls and the features suffer (MoCo, appendix A.9)",
+        {"shuffled": MOCO, "not shuffled": f"{MOCO} --no-shuffle", "shuffled, loss": (MOCO, "loss"),
+         "not shuffled, loss": (f"{MOCO} --no-shuffle", "loss")},
+        [("not shuffled, loss", LESS, "shuffled, loss"), ("shuffled", MORE, "not shuffled")]),
+    "directions": (
+        "Predicting in four directions learns more than in one (CPC v2, figure 3)",
+        {"four": CPC, "one": f"{CPC} --directions 1"}, [("four", MORE, "one")]),
+    "layer-norm": (
+        "Layer norm is better than batch norm, by which the patches tell on each other (CPC v2, figure 3)",
+        {"layer norm": CPC, "batch norm": f"{CPC} --norm batch"}, [("layer norm", MORE, "batch norm")]),
+    "local": (
+        "Local mutual information learns more than global (DIM, table 1)",
+        {"local": DIM, "global": f"{DIM} --objective global"}, [("local", MORE, "global")]),
+    "estimators": (
+        "infoNCE and JSD are better objectives than the Donsker-Varadhan bound (DIM, figure 9)",
+        {"infonce": DIM, "jsd": f"{DIM} --estimator jsd", "dv": f"{DIM} --estimator dv"},
+        [("infonce", MORE, "dv"), ("jsd", MORE, "dv")]),
+    "full-graph": (
+        "All pairs of views learn more than those with the first view alone (CMC, table 5)",
+        {"full": f"{CMC} --views rgb", "core": f"{CMC} --views rgb --graph core"}, [("full", MORE, "core")]),
+    "colour-space": (
+        "Views that part light from colour learn more than R, G and B (CMC, section 4.5)",
+        {"L and ab": CMC, "R, G and B": f"{CMC} --views rgb"}, [("L and ab", MORE, "R, G and B")]),
+    "scales": (
+        "Several scales learn more than one (AMDIM, table 3)",
+        {"1-5, 1-7, 5-5": AMDIM, "1-5": f"{AMDIM} --tasks 1-5"}, [("1-5, 1-7, 5-5", MORE, "1-5")]),
+    "hybrid": (
+        "The hybrid has the features of the contrastive model and the likelihood of the generative one (GCRL)",
+        {"hybrid": GCRL, "contrastive": f"{GCRL} --alpha 0", "hybrid, nats": (GCRL, "nats"),
+         "generative, nats": (f"{GCRL} --beta 0", "nats")},
+        [("contrastive", NOT_MORE, "hybrid"), ("hybrid, nats", NOT_MORE, "generative, nats")]),
+    "few-labels": (
+        "With 1 % of the labels a fine-tuned encoder is better than the same network from scratch (SimCLR, table 7)",
+        {"pre-trained": (f"{SIMCLR} --augmentations crop flip colour grey", "finetuned"),
+         "from scratch": (f"{SIMCLR} --augmentations crop flip colour grey", "scratch")},
+        [("pre-trained", MORE, "from scratch")]),
+}
+FINETUNE = ["--labels", "0.01", "--finetune", "--draws", "3"]
+HOLDS, FAILS, UNKNOWN = "holds", "does not hold here", "cannot be told"
+
+
+def verdict(values, arms, comparisons):
+    """HOLDS, FAILS or UNKNOWN, by a rule that was fixed before the runs. values: {arm: [value of each seed]}.
+
+    a > b holds where mean(a) - mean(b) is more than twice its standard error and fails where it is less than minus
+    that; a not > b fails where a > b holds, and holds otherwise. A claim holds where all of its comparisons do, and
+    fails where one fails. The standard error is s sqrt(1/n_a + 1/n_b), s the deviation over seeds pooled over all arms
+    of the claim with that measure.
+    """
+    told = []
+    for a, sign, b in comparisons:
+        alike = [values[arm] for arm in values if measure_of(arms[arm])[0] == measure_of(arms[a])[0]]
+        free = sum(len(x) - 1 for x in alike)
+        spread = math.sqrt(sum(statistics.variance(x) * (len(x) - 1) for x in alike if len(x) > 1) / free)
+        error = spread * math.sqrt(1 / len(values[a]) + 1 / len(values[b]))
+        gap = (statistics.mean(values[a]) - statistics.mean(values[b])) * (-1 if sign == LESS else 1)
+        certain = (gap > 2 * error) - (gap < -2 * error)
+        told.append(certain if sign != NOT_MORE else -1 if certain == 1 else 1)
+    return FAILS if -1 in told else HOLDS if all(t == 1 for t in told) else UNKNOWN
+
+
+def measure_of(arm):
+    """(kind of measure, how to read it off a row's JSON in %, or nats, and the digits to print) of a claim's arm."""
+    name = "trained" if isinstance(arm, str) else arm[1]
+    if name == "loss":
+        return "loss", lambda row: row["log"][-1]["loss"], 3
+    if name == "nats":
+        return "nats", lambda row: row["result"]["nats"], 3
+    if name in ("finetuned", "scratch"):
+        return "accuracy", lambda row: 100 * row["evaluation"]["finetune"]["0.01, 0 frozen"][name]["mean"], 1
+    return "accuracy", lambda row: 100 * row["result"]["linear"][name], 1
+
+
+# ---- runs
 
 
 def check(words, folder):
@@ -108,52 +205,55 @@ def run(words, log):
         sys.exit(f"results.py: python {shlex.join(words)} failed, see {log}")
 
 
-def measure(row, seed, args):
-    """Trains and judges a row, as far as that is not done. Returns its result.json, evaluation.json and command."""
-    budget, name = BUDGETS[args.budget], row.lower().replace(",", "").replace(" ", "-")
-    folder, log = args.out / f"{name}-{seed}", args.out / f"{name}-{seed}.log"
-    place = str(args.data_dir.resolve() if args.data_dir else ROOT / "data")
-    data = ["--dataset", "folder" if args.data_dir else "cifar10", "--data-dir", place]
-    words = command(row, budget, data, folder, seed)
+def measure(words, data, seed, folder, kept, evaluation):
+    """Trains by a command and evaluates with these flags, as far as that is not done. Writes what there is to know
+    about the row to the file `kept`, and returns it.
+
+    words: of a command. data: [flags of the data set].
+    """
+    place, log = data[data.index("--data-dir") + 1] if "--data-dir" in data else "DIR", folder.with_suffix(".log")
+    words = [*words, *data, "--seed", str(seed), "--out", str(folder)]
     started = (folder / "args.json").exists()
     if started:
         check(words, folder)
     if not (folder / "result.json").exists():
         run([words[0], "--resume", str(folder)] if started else words, log)
-    key = data[1]
-    evaluation = folder / "evaluation.json"
-    judged = json.loads(evaluation.read_text()).get(key, {}) if evaluation.exists() else {}
-    if not (set(map(str, args.labels)) <= judged.get("labels", {}).keys() and set(args.ood) <= judged.get(
-            "ood", {}).keys()):
-        run(["-m", "common.evaluation", str(folder), "--labels", *map(str, args.labels), "--ood", *args.ood], log)
-    judged = json.loads(evaluation.read_text())[key]
-    print(f"{row}, seed {seed}: linear {100 * judged['linear']['trained']:.1f}", flush=True)
-    shown = shlex.join(words[:-2]).replace(place, "DIR")
-    return dict(result=json.loads((folder / "result.json").read_text()), judged=judged, frechet=None, command=shown,
-                folder=folder)
+    if evaluation and not (folder / "evaluation.json").exists():
+        run(["-m", "common.evaluation", str(folder), *evaluation], log)
+    about = json.loads((folder / "args.json").read_text())
+    judged = json.loads((folder / "evaluation.json").read_text()) if evaluation else {}
+    row = {"command": shlex.join(["python", *words[:-2]]).replace(place, "DIR"), **about, "argv": None,
+           "result": json.loads((folder / "result.json").read_text()), "evaluation": next(iter(judged.values()), {}),
+           "log": [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]}
+    row["settings"] |= {"data_dir": "DIR", "out": None}
+    for table in ("labels", "finetune"):                                      # which images were drawn is long
+        for entry in row["evaluation"].get(table, {}).values():
+            entry.pop("draws", None)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    stored = json.loads(kept.read_text()) if kept.exists() else {}
+    row["commit"] = stored.get("commit") or commit.stdout.strip()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(row) + "\n")
+    print(f"{time.strftime('%H:%M')} {row['command']}: linear {100 * row['result']['linear']['trained']:.1f}",
+          flush=True)
+    return row
 
 
-def frechet(folder, seed, args):
-    """The Frechet distances of a generative run's samples, by the features of SimCLR's run, where there is one."""
-    simclr = args.out / f"simclr-{seed}"
-
-    def found():
-        told = (json.loads(path.read_text()) for path in folder.glob("distances-T1.0-kall-seed*.json"))
-        return next((t["frechet"] for t in told if t.get("frechet", {}).get("run") == str(simclr)), None)
-    if simclr.exists() and not found():
-        run(["gcrl.py", "--sample", str(folder), "--samples", str(BUDGETS[args.budget]["samples"]), "--frechet",
-             str(simclr)], folder.with_suffix(".log"))
-    return found()
+def slug(text):
+    return "".join(letter if letter.isalnum() else "-" for letter in text.lower().replace(", ", "-"))
 
 
-def cell(runs, get, scale=100.0, digits=1):
-    """The mean of get(run), and with several seeds the standard deviation; empty where the runs have no such thing."""
+# ---- tables
+
+
+def cell(rows, get, digits=1):
+    """The mean of get(row), and with several seeds the standard deviation; empty where the rows have no such thing."""
     try:
-        values = [scale * get(run) for run in runs]
+        values = [get(row) for row in rows]
     except (KeyError, TypeError):
         return ""
     text = f"{statistics.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} +- {statistics.stdev(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
 def markdown(lines):
@@ -161,72 +261,120 @@ def markdown(lines):
     return "\n".join(" | ".join(["", *line, ""]).strip() for line in lines)
 
 
-def tables(found, args):
-    """Markdown of the measured rows, {row: [a dict of `measure` for each seed]}: all of them; and GCRL's claim, beside
-    SimCLR."""
-    shares, first = [str(share) for share in args.labels], next(iter(found.values()))
-    lines = [["", "linear", "kNN", *(f"{100 * float(s):g} % of labels" for s in shares), "untrained, linear", "s", "GB",
-              "published (not this setting)"]]
-    for title, runs, kind in [("whitened pixels", first, "pixels"), *((row, runs, "trained")
-                                                                      for row, runs in found.items())]:
-        line = [title, *(cell(runs, lambda r: r["judged"][measure][kind]) for measure in ("linear", "knn")),
-                *(cell(runs, lambda r: r["judged"]["labels"][share][kind]["mean"]) for share in shares)]
-        more = [cell(runs, lambda r: r["judged"]["linear"]["untrained"]),
-                cell(runs, lambda r: r["result"]["seconds"], 1, 0),
-                cell(runs, lambda r: r["result"]["peak_memory"], 1e-9)]
-        mlp = cell(runs, lambda r: r["result"]["mlp"]["trained"])             # as Hjelm et al. judge DIM
-        said = [PUBLISHED.get(title, ""), f"here {mlp} by an MLP" if mlp else ""]
-        more.append("; ".join(filter(None, said)))
-        lines.append(line + (more if kind == "trained" else [""] * 4))
+def machine(rows):
+    """The sentence that says on what, and with what, the rows were measured."""
+    told = sorted({f"{row['device']}, torch {row['torch']}, {row['threads']} thread{'s' * (row['threads'] > 1)} a run"
+                   for row in rows})
+    return f"Measured on: {'; '.join(told)}; commits {', '.join(sorted({row['commit'] for row in rows}))}."
 
-    claim = {row: runs for row, runs in found.items() if row == "SimCLR" or row.startswith("GCRL")}
-    measures = {"nats per token": (lambda r: r["result"]["nats"], 1, 3),
-                "linear": (lambda r: r["judged"]["linear"]["trained"],),
-                "kNN": (lambda r: r["judged"]["knn"]["trained"],),
-                "Frechet distance of samples": (lambda r: r["frechet"]["samples"], 1, 3),
-                "Frechet distance of test images": (lambda r: r["frechet"]["test"], 1, 3)}
-    for outside in args.ood:
-        for score in SCORES:
-            measures[f"AUROC, {'/'.join(Path(outside).parts[-2:])}: {score}"] = (
-                lambda r, outside=outside, score=score: r["judged"]["ood"][outside][score]["auroc"],)
-    claims = [["", *claim], *([title, *(cell(runs, *measure) for runs in claim.values())]
-                              for title, measure in measures.items())]
-    told = json.loads(next(args.out.glob("*/args.json")).read_text())
-    machine = f"{told['device']}, torch {told['torch']}, {told['threads']} threads a run; seeds: {args.seeds}"
-    commands = "\n".join(f"    python {runs[0]['command']}" for runs in found.values())
-    data = f"{args.data_dir or 'CIFAR-10'}, --budget {args.budget}"
-    parts = [f"{data}, {machine}", markdown(lines), *([markdown(claims)] if claim else []), commands]
-    return "\n\n".join(parts) + "\n"
+
+def methods_table(found, shares):
+    """Markdown of {row: [what `measure` returned for each seed]}."""
+    def accuracy(measure, kind):
+        return lambda row: 100 * row["result"][measure][kind]
+
+    def few(share, kind):
+        return lambda row: 100 * row["evaluation"]["labels"][share][kind]["mean"]
+    lines = [["", "linear", "kNN", *(f"{100 * float(share):g} % of labels" for share in shares), "untrained, linear",
+              "nats per token", "minutes", "GB", "published, in another setting"]]
+    first = next(iter(found.values()))
+    for title, rows, kind in [("whitened pixels", first, "pixels"), *((row, rows, "trained")
+                                                                     for row, rows in found.items())]:
+        line = [title, *(cell(rows, accuracy(measure, kind)) for measure in ("linear", "knn")),
+                *(cell(rows, few(share, kind)) for share in shares)]
+        more = [cell(rows, accuracy("linear", "untrained")), cell(rows, lambda row: row["result"]["nats"], 3),
+                cell(rows, lambda row: row["result"]["seconds"] / 60, 1),
+                cell(rows, lambda row: row["result"]["peak_memory"] / 1e9), PUBLISHED.get(title, "")]
+        lines.append(line + (more if kind == "trained" else [""] * len(more)))
+    return markdown(lines)
+
+
+def claims_table(claims):
+    """Markdown of {name: {arm: [what `measure` returned for each seed]}}: the claims with their arms and verdicts."""
+    lines = [["claim", "arms", "verdict"]]
+    for name, found in claims.items():
+        sentence, arms, comparisons = CLAIMS[name]
+        values = {arm: [measure_of(arms[arm])[1](row) for row in rows] for arm, rows in found.items()}
+        text = "; ".join(f"{arm} {cell(rows, *measure_of(arms[arm])[1:])}" for arm, rows in found.items())
+        lines.append([f"{sentence} [`{name}`]", text, f"**{verdict(values, arms, comparisons)}**"])
+    return markdown(lines)
+
+
+# ---- the command
+
+
+def subset(folder, place, images=1000):
+    """A folder of links to the first so many images of each class of the training part, and to the whole test part."""
+    for source in sorted(path for part in ("train", "test") for path in (folder / part).iterdir()):
+        linked = place / source.parent.name / source.name
+        linked.mkdir(parents=True, exist_ok=True)
+        for image in sorted(source.iterdir())[: images if source.parent.name == "train" else None]:
+            if not (linked / image.name).exists():
+                (linked / image.name).symlink_to(image.resolve())
+    return place
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="The README's tables of results.",
+    parser = argparse.ArgumentParser(description="The README's tables of results and of claims.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--budget", choices=BUDGETS, required=True, help="how large and how long")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--budget", choices=BUDGETS, help="every method: what each row's recipe is given")
+    what.add_argument("--claims", nargs="*", choices=CLAIMS, metavar="NAME", help="these claims, or all of them, on "
+                      "10,000 images of --data-dir: " + ", ".join(CLAIMS))
     add("--data-dir", type=Path, default=None, help="a folder DIR/train/CLASS/*, DIR/test/CLASS/* in place of CIFAR-10")
-    add("--seeds", type=int, default=1, help="runs of each row")
-    add("--labels", nargs="+", type=float, default=[0.01, 0.1], help="shares of the labels")
-    add("--ood", nargs="+", default=["patterns"], help="data sets or folders to tell from it")
+    add("--seeds", type=int, default=None, help="runs of each row (default: 1, of claims 2)")
+    add("--labels", nargs="*", type=float, default=[0.01, 0.1], help="shares of the labels to probe with, too")
+    add("--ood", nargs="*", default=[], help="data sets or folders to tell from it")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="these rows alone")
     add("--jobs", type=int, default=1, help="rows at a time; give each its cores with OMP_NUM_THREADS")
-    add("--out", type=Path, default=None,
-        help="folder of the runs and of table.md; by default runs/results-BUDGET beside the scripts")
+    add("--out", type=Path, default=None, help="folder of the runs; by default runs/results-BUDGET beside the scripts")
     args = parser.parse_args(argv)
-    if args.data_dir and args.budget.startswith("gpu"):
-        parser.error(f"--budget {args.budget} has recipes for CIFAR-10 itself: leave --data-dir out")
-    args.out = (args.out or ROOT / "runs" / f"results-{args.budget}").resolve()
-    args.ood = [str(Path(name).resolve()) if Path(name).is_dir() else name for name in args.ood]
-    args.out.mkdir(parents=True, exist_ok=True)
-    jobs = [(row, seed) for seed in range(args.seeds) for row in args.rows]
+    claims = args.budget is None
+    if args.data_dir and args.budget not in (None, "small"):
+        parser.error(f"--budget {args.budget} has images of its own: leave --data-dir out")
+    if claims and not args.data_dir:
+        parser.error("--claims needs --data-dir, a folder of images: DIR/train/CLASS/*, DIR/test/CLASS/*")
+    name, seeds = args.budget or "claims", range(args.seeds or 1 + claims)
+    out = (args.out or ROOT / "runs" / f"results-{name}").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    data = [] if args.budget == "shapes" else ["--dataset", "cifar10", "--data-dir", str(ROOT / "data")]
+    if args.data_dir:
+        folder = args.data_dir.resolve()
+        data = ["--dataset", "folder", "--data-dir", str(subset(folder, out / "images") if claims else folder)]
+    others = [str(Path(other).resolve()) if Path(other).is_dir() else other for other in args.ood]
+    evaluation = ["--labels", *map(str, args.labels)] if args.labels else []
+    evaluation += ["--ood", *others] if others else []
+
+    if claims:                                                                # {command: flags of its evaluation}
+        chosen = args.claims or list(CLAIMS)
+        commands = {}
+        for arm in (arm for claim in chosen for arm in CLAIMS[claim][1].values()):
+            command, more = (arm, "") if isinstance(arm, str) else arm
+            commands[command] = FINETUNE if more in ("finetuned", "scratch") else commands.get(command, [])
+        keys = {command: hashlib.sha1(command.encode()).hexdigest()[:10] for command in commands}
+    else:
+        commands = {f"{ROWS[row]} {BUDGETS[args.budget]}": evaluation for row in args.rows}
+        keys = {f"{ROWS[row]} {BUDGETS[args.budget]}": slug(row) for row in args.rows}
+
+    jobs = [(command, seed) for command in commands for seed in seeds]
+    print(f"{len(jobs)} runs, {args.jobs} at a time, in {out}", flush=True)
+
+    def job(command, seed):
+        key = f"{keys[command]}-{seed}"
+        return measure(shlex.split(command), data, seed, out / key, RESULTS / name / f"{key}.json", commands[command])
     with ThreadPoolExecutor(args.jobs) as pool:
-        found = dict(zip(jobs, pool.map(lambda job: measure(*job, args), jobs)))
-    for (row, seed), measured in found.items():
-        if row in ("GCRL, generative", "GCRL, hybrid"):
-            measured["frechet"] = frechet(measured["folder"], seed, args)
-    text = tables({row: [found[row, seed] for seed in range(args.seeds)] for row in args.rows}, args)
-    (args.out / "table.md").write_text(text)
-    print(f"\n{text}\nwritten to {args.out / 'table.md'}")
+        found = dict(zip(jobs, pool.map(lambda each: job(*each), jobs)))
+    rows = {command: [found[command, seed] for seed in seeds] for command in commands}
+    if claims:
+        text = claims_table({claim: {arm: rows[command if isinstance(command, str) else command[0]]
+                                     for arm, command in CLAIMS[claim][1].items()} for claim in chosen})
+    else:
+        text = methods_table({row: rows[f"{ROWS[row]} {BUDGETS[args.budget]}"] for row in args.rows},
+                             [str(share) for share in args.labels])
+    text = f"{text}\n\n{machine(sum(rows.values(), []))}\n"
+    (RESULTS / f"{name}.md").write_text(text)
+    print(f"\n{text}\nwritten to {RESULTS / f'{name}.md'}")
 
 
 if __name__ == "__main__":
