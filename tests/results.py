@@ -2,6 +2,7 @@
 
     python tests/results.py --budget small [--seeds 3] [--jobs 2]   # every method, by each script's own recipe
     python tests/results.py --claims [NAME ...] --data-dir DIR      # small experiments behind the papers' sentences
+    python tests/results.py --pictures SIMCLR_RUN GCRL_RUN          # the picture at the top of the README, of two runs
 
 Trains and evaluates every row, one after the other or --jobs at a time, in --out. What is there is not done again, and
 what was stopped goes on. What a row gave goes to tests/results/BUDGET/ROW-SEED.json, the tables to
@@ -20,6 +21,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "results"
@@ -41,6 +44,8 @@ ROWS = {  # the choices that make the row; all else is the script's default for 
     "GCRL, generative": "gcrl.py --alpha 1 --beta 0", "GCRL, contrastive": "gcrl.py --alpha 0 --beta 1",
     "GCRL, hybrid": "gcrl.py --alpha 1 --beta 1",
 }
+SCORES = ("probability, of the probe", "Mahalanobis, of class means", "Mahalanobis, no labels",
+          "kNN distance, no labels", "likelihood, no labels", "likelihood less complexity")
 PUBLISHED = {  # linear accuracy that others report, on CIFAR-10 but where it says otherwise
     "SimCLR": "85.6 (ResNet-18, batch 512, 100 epochs: dkobak/simclr-cifar10)",
     "MoCo, queue": "kNN 82.6 (200 epochs: MoCo's CIFAR demo)",
@@ -289,6 +294,18 @@ def methods_table(found, shares):
     return markdown(lines)
 
 
+def ood_table(found, others):
+    """Markdown: how well SimCLR and GCRL tell other images from their own, by each score; None without such rows."""
+    found = {row: rows for row, rows in found.items() if row == "SimCLR" or row.startswith("GCRL")}
+    lines = [["", *found]]
+    for other in others:
+        for score in SCORES:
+            lines.append([f"AUROC, {'/'.join(Path(other).parts[-2:])}: {score}"] + [
+                cell(rows, lambda row: 100 * row["evaluation"]["ood"][other][score]["auroc"])
+                for rows in found.values()])
+    return markdown(lines) if found and others else None
+
+
 def claims_table(claims):
     """Markdown of {name: {arm: [what `measure` returned for each seed]}}: the claims with their arms and verdicts."""
     lines = [["claim", "arms", "verdict"]]
@@ -298,6 +315,19 @@ def claims_table(claims):
         text = "; ".join(f"{arm} {cell(rows, *measure_of(arms[arm])[1:])}" for arm, rows in found.items())
         lines.append([f"{sentence} [`{name}`]", text, f"**{verdict(values, arms, comparisons)}**"])
     return markdown(lines)
+
+
+def overview(simclr, gcrl, path, height=330, gap=12):
+    """One PNG of two runs' pictures, side by side: views, nearest neighbours, the curve, and samples."""
+    names = [simclr / "views.png", simclr / "neighbours.png", simclr / "curve.png", gcrl / "samples.png"]
+    parts = [Image.open(name).convert("RGB") for name in names]
+    parts = [part.resize((round(part.width * height / part.height), height), Image.LANCZOS) for part in parts]
+    sheet, left = Image.new("RGB", (sum(part.width + gap for part in parts) - gap, height), "white"), 0
+    for part in parts:
+        sheet.paste(part, (left, 0))
+        left += part.width + gap
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
 
 
 # ---- the command
@@ -322,6 +352,8 @@ def main(argv=None):
     what.add_argument("--budget", choices=BUDGETS, help="every method: what each row's recipe is given")
     what.add_argument("--claims", nargs="*", choices=CLAIMS, metavar="NAME", help="these claims, or all of them, on "
                       "10,000 images of --data-dir: " + ", ".join(CLAIMS))
+    what.add_argument("--pictures", nargs=2, type=Path, metavar=("SIMCLR_RUN", "GCRL_RUN"), help="make the picture at "
+                      "the top of the README, tests/results/overview.png")
     add("--data-dir", type=Path, default=None, help="a folder DIR/train/CLASS/*, DIR/test/CLASS/* in place of CIFAR-10")
     add("--seeds", type=int, default=None, help="runs of each row (default: 1, of claims 2)")
     add("--labels", nargs="*", type=float, default=[0.01, 0.1], help="shares of the labels to probe with, too")
@@ -330,6 +362,8 @@ def main(argv=None):
     add("--jobs", type=int, default=1, help="rows at a time; give each its cores with OMP_NUM_THREADS")
     add("--out", type=Path, default=None, help="folder of the runs; by default runs/results-BUDGET beside the scripts")
     args = parser.parse_args(argv)
+    if args.pictures:
+        return overview(*args.pictures, RESULTS / "overview.png")
     claims = args.budget is None
     if args.data_dir and args.budget not in (None, "small"):
         parser.error(f"--budget {args.budget} has images of its own: leave --data-dir out")
@@ -370,8 +404,9 @@ def main(argv=None):
         text = claims_table({claim: {arm: rows[command if isinstance(command, str) else command[0]]
                                      for arm, command in CLAIMS[claim][1].items()} for claim in chosen})
     else:
-        text = methods_table({row: rows[f"{ROWS[row]} {BUDGETS[args.budget]}"] for row in args.rows},
-                             [str(share) for share in args.labels])
+        found = {row: rows[f"{ROWS[row]} {BUDGETS[args.budget]}"] for row in args.rows}
+        tables = [methods_table(found, [str(share) for share in args.labels]), ood_table(found, others)]
+        text = "\n\n".join(filter(None, tables))
     text = f"{text}\n\n{machine(sum(rows.values(), []))}\n"
     (RESULTS / f"{name}.md").write_text(text)
     print(f"\n{text}\nwritten to {RESULTS / f'{name}.md'}")

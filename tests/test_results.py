@@ -1,39 +1,67 @@
-"""tests/results.py: its rows are commands that the scripts take, and its tables say what was measured."""
+"""tests/results.py: its rows and arms are commands that the scripts take, its tables say what was measured, and the
+README's tables are those."""
 import contextlib
 import importlib
 import json
+import math
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
-import gcrl
 import results
 
-FOLDER = ["--dataset", "folder", "--data-dir", "DIR"]
+ROOT = Path(__file__).parent.parent
+TINY = "--image-size 16 --width 2 --stem cifar --epochs 1 --batch-size 16 --workers 0"
 
 
 @pytest.mark.parametrize("budget", results.BUDGETS)
 @pytest.mark.parametrize("row", results.ROWS)
-@pytest.mark.parametrize("data", [FOLDER, ["--dataset", "cifar10"]], ids=["folder", "cifar10"])
-def test_rows_are_commands(row, budget, data):
-    """Each is accepted by its script, with the budget's size, epochs and batch."""
-    script, *flags = results.command(row, results.BUDGETS[budget], data, Path("x"), 3)
-    args = importlib.import_module(script.removesuffix(".py")).arguments(flags)
-    if "recipe" in results.BUDGETS[budget]:
-        usual = importlib.import_module(script.removesuffix(".py")).arguments(
-            [*results.RECIPES[row].split()[1:], "--dataset", data[1], *(["--small"] if budget == "small" else [])])
-        epochs = {"gpu": 100, "gpu-200": 200}.get(budget, usual.epochs)
-        assert vars(args) == vars(usual) | dict(seed=3, out="x", data_dir=args.data_dir, epochs=epochs)
-        return
-    size, epochs, batch = results.BUDGETS[budget]["gcrl" if row.startswith("GCRL") else "ours"]
-    assert (args.epochs, args.batch_size, args.seed, args.out) == (epochs, batch, 3, "x")
-    assert args.image_size == (32 if row == "AMDIM" else size)
+def test_rows_are_commands(row, budget):
+    """Each is accepted by its script, and is the script's default but for the choices that make the row."""
+    data = [] if budget == "shapes" else ["--dataset", "cifar10"]
+    script, *flags = shlex.split(f"{results.ROWS[row]} {results.BUDGETS[budget]}")
+    args = importlib.import_module(script.removesuffix(".py")).arguments([*flags, *data])
+    assert args.dataset == ("shapes" if budget == "shapes" else "cifar10") and args.small == (budget == "small")
+    assert args.epochs == {"gpu": 100, "gpu-200": 200}.get(budget, args.epochs)
+
+
+@pytest.mark.parametrize("claim", results.CLAIMS)
+def test_claims_are_commands(claim):
+    """Each arm is accepted by its script and has a measure; each comparison is of two arms that measure alike."""
+    sentence, arms, comparisons = results.CLAIMS[claim]
+    for arm in arms.values():
+        script, *flags = shlex.split(arm if isinstance(arm, str) else arm[0])
+        importlib.import_module(script.removesuffix(".py")).arguments([*flags, "--dataset", "folder"])
+    for a, sign, b in comparisons:
+        assert sign in (results.MORE, results.LESS, results.NOT_MORE)
+        assert results.measure_of(arms[a])[0] == results.measure_of(arms[b])[0]
+    assert len({json.dumps(arm) for arm in arms.values()}) == len(arms) and re.search(r"\(.+\)$", sentence)
+
+
+def test_verdict():
+    """Twice the standard error, of a deviation pooled over the arms, is where a difference counts."""
+    arms, more = {"a": "x.py", "b": "y.py", "c": "z.py"}, [("a", results.MORE, "b")]
+    deviation = math.sqrt((2 + 2 + 8) / 3)                                    # of variances 2, 2 and 8
+    edge = 2 * deviation * math.sqrt(1 / 2 + 1 / 2)
+
+    def told(gap, comparisons=more):
+        return results.verdict({"a": [gap + 4.0, gap + 6.0], "b": [4.0, 6.0], "c": [3.0, 7.0]}, arms, comparisons)
+    assert [told(edge + 0.01), told(edge - 0.01), told(-edge - 0.01)] == ["holds", "cannot be told",
+                                                                           "does not hold here"]
+    assert told(-edge - 0.01, [("a", results.LESS, "b")]) == "holds"
+    assert told(edge - 0.01, [("a", results.NOT_MORE, "b")]) == "holds"
+    assert told(edge + 0.01, [("a", results.NOT_MORE, "b")]) == "does not hold here"
+    assert told(edge + 0.01, more + [("b", results.MORE, "c")]) == "cannot be told"
+    assert told(edge + 0.01, more + [("b", results.MORE, "a")]) == "does not hold here"
 
 
 @pytest.fixture
-def in_process(monkeypatch):
-    """What results.py would start as a program runs here; a list of the commands."""
+def in_process(monkeypatch, tmp_path):
+    """What results.py would start as a program runs here; a list of the commands. Its files go to tmp_path / "kept"."""
     done = []
 
     def run(words, log):
@@ -41,63 +69,74 @@ def in_process(monkeypatch):
         module = "common.evaluation.__main__" if words[0] == "-m" else words[0].removesuffix(".py")
         importlib.import_module(module).main(words[2:] if words[0] == "-m" else words[1:])
     monkeypatch.setattr(results, "run", run)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "kept")
+    monkeypatch.setattr(results, "ROWS", {
+        "SimCLR": f"simclr.py {TINY}", "GCRL, hybrid": "gcrl.py --image-size 8 --width 8 --heads 2 --encoder-layers 1 "
+        "--decoder-layers 1 --colours 4 --epochs 1 --batch-size 16 --workers 0"})
     monkeypatch.setattr(results, "ThreadPoolExecutor", lambda jobs: contextlib.nullcontext(SimpleNamespace(map=map)))
     return done
 
 
-def test_measures_once_and_goes_on(in_process, images, tmp_path, capsys):
-    """Each row is trained, judged and drawn from once; what was killed before its first epoch goes on; another budget's
-    runs are refused; the table has all of the scores."""
-    flags = ["--budget", "tiny", "--data-dir", images, "--labels", 0.5, "--out", tmp_path, "--rows", "SimCLR",
-             "GCRL, hybrid"]
-    results.main(list(map(str, flags)))
-    assert [words[0] for words in in_process] == ["simclr.py", "-m", "gcrl.py", "-m", "gcrl.py"]
-    told = json.loads((tmp_path / "gcrl-hybrid-0" / "evaluation.json").read_text())["folder"]["ood"]["patterns"]
-    assert told.keys() == set(results.SCORES)
-    table = (tmp_path / "table.md").read_text()
-    assert all(f"AUROC, patterns: {score}" in table for score in results.SCORES) and "--budget tiny" in table
-    claim = [line.split(" | ") for line in table.splitlines() if line.startswith(("| nats", "| Frechet", "| AUROC"))]
-    assert len(claim) == 9 and all(float(line[2].removesuffix(" |")) >= 0 for line in claim)
+def test_measures_once_and_goes_on(in_process, images, tmp_path, monkeypatch):
+    """Each row is trained and judged once; what was killed before its first epoch goes on; another recipe's runs are
+    refused; the files have what the table shows."""
+    monkeypatch.setitem(results.BUDGETS, "small", "--seed 5")
+    flags = ["--budget", "small", "--data-dir", str(images), "--labels", "0.5", "--ood", "patterns", "--out",
+             str(tmp_path / "runs"), "--rows", "SimCLR", "GCRL, hybrid"]
+    results.main(flags)
+    assert [words[0] for words in in_process] == ["simclr.py", "-m", "gcrl.py", "-m"]
+    row = json.loads((tmp_path / "kept" / "small" / "gcrl-hybrid-0.json").read_text())
+    assert row["evaluation"]["ood"]["patterns"].keys() == set(results.SCORES)
+    assert str(tmp_path) not in json.dumps(row) and row["log"][0]["epoch"] == 1 and row["settings"]["width"] == 8
+    table = (tmp_path / "kept" / "small.md").read_text()
+    line = next(line for line in table.splitlines() if line.startswith("| GCRL, hybrid |")).split(" | ")
+    assert line[1] == f"{100 * row['result']['linear']['trained']:.1f}" and line[5] == f"{row['result']['nats']:.3f}"
+    auroc = row["evaluation"]["ood"]["patterns"]["likelihood, no labels"]["auroc"]
+    assert f"| AUROC, patterns: likelihood, no labels |  | {100 * auroc:.1f} |" in table
 
     for name in ("checkpoint.pt", "encoder.pt", "result.json", "evaluation.json"):
-        (tmp_path / "simclr-0" / name).unlink()
-    gcrl.main(["--sample", tmp_path / "gcrl-hybrid-0", "--samples", 2])       # its distances are not the table's
-    results.main(list(map(str, flags)))
-    assert [words[:2] for words in in_process[5:]] == [
-        ["simclr.py", "--resume"], ["-m", "common.evaluation"]]
-    again = (tmp_path / "table.md").read_text()
-    assert [line for line in again.splitlines() if "GCRL" in line or "AUROC" in line] == [
-        line for line in table.splitlines() if "GCRL" in line or "AUROC" in line]
-    with pytest.raises(SystemExit, match="simclr-0 has --width 2, not 8"):
-        results.main(["--budget", "cpu", *map(str, flags[2:])])
+        (tmp_path / "runs" / "simclr-0" / name).unlink()
+    results.main(flags)
+    assert [words[:2] for words in in_process[4:]] == [["simclr.py", "--resume"], ["-m", "common.evaluation"]]
+    assert (tmp_path / "kept" / "small.md").read_text().splitlines()[2:4] == table.splitlines()[2:4]
+    monkeypatch.setitem(results.ROWS, "SimCLR", f"simclr.py {TINY.replace('--width 2', '--width 4')}")
+    with pytest.raises(SystemExit, match="simclr-0 has --width 2, not 4"):
+        results.main(flags)
 
 
-def measured(row, value):
-    judged = {"linear": {"trained": value, "untrained": 0.1, "pixels": 0.15}, "knn": {"trained": 0.3, "pixels": 0.25},
-              "labels": {share: {"trained": {"mean": 0.2}, "pixels": {"mean": 0.05}} for share in ("0.01", "0.1")},
-              "ood": {"patterns": {}}}
-    judged["ood"]["patterns"]["Mahalanobis, no labels"] = {"auroc": 0.75}
-    result = {"seconds": 61.4, "peak_memory": 2e9, **({"nats": 1.5} if row == "GCRL, hybrid" else {})}
-    result |= {"mlp": {"trained": 0.35}} if row.startswith("DIM") else {}
-    frechet = {"samples": 0.5, "test": 0.25} if row == "GCRL, hybrid" else None
-    return dict(judged=judged, result=result, frechet=frechet, command="x.py --seed 0")
+def test_claims(in_process, images, tmp_path, monkeypatch):
+    """A command that several arms share runs once a seed, on a part of the images; arms show what they measure."""
+    simclr = f"simclr.py {TINY}"
+    monkeypatch.setattr(results, "CLAIMS", {
+        "head": ("h is better than z (table 3)", {"h": simclr, "z": (simclr, "projection")}, [("h", ">", "z")]),
+        "rate": ("The loss falls (nowhere)", {"fast": (f"{simclr} --lr 1", "loss"), "slow": (simclr, "loss")},
+                 [("fast", "<", "slow")])})
+    monkeypatch.setattr(results, "subset", lambda folder, place, images=4, subset=results.subset: subset(folder, place,
+                                                                                                        10))
+    results.main(["--claims", "--data-dir", str(images), "--out", str(tmp_path / "runs")])
+    assert [words[0] for words in in_process] == ["simclr.py"] * 4
+    rows = [json.loads(path.read_text()) for path in (tmp_path / "kept" / "claims").iterdir()]
+    assert len(rows) == 4 and len(list((tmp_path / "runs" / "images" / "train" / "red").iterdir())) == 10
+    table = (tmp_path / "kept" / "claims.md").read_text()
+    slow = sorted(row["log"][-1]["loss"] for row in rows if "--lr" not in row["command"])
+    assert f"slow {sum(slow) / 2:.3f} ± {(slow[1] - slow[0]) / math.sqrt(2):.3f}" in table
+    assert all(text in table for text in ("[`head`]", "; z ", "Measured on: "))
 
 
-def test_tables(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "args.json").write_text(json.dumps({"device": "machine", "torch": "2", "threads": 1}))
-    args = SimpleNamespace(out=tmp_path, labels=[0.01, 0.1], ood=["patterns"], seeds=2, budget="cpu", data_dir=None)
-    rows = ("SimCLR", "DIM, local", "GCRL, hybrid")
-    text = results.tables({row: [measured(row, 0.5), measured(row, 0.6)] for row in rows}, args)
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in lines[:6]}) == len({line.count("|") for line in lines[6:]}) == 1
-    assert "; here 35.0 +- 0.0 by an MLP |" in lines[4]
-    alone = results.tables({"DIM, both": [measured("DIM, both", 0.5)]}, args)
-    assert "| here 35.0 by an MLP |" in alone and "AUROC" not in alone
-    assert "| whitened pixels | 15.0 +- 0.0 | 25.0 +- 0.0 | 5.0 +- 0.0 | 5.0 +- 0.0 |  |  |  |  |" in lines
-    assert ("| SimCLR | 55.0 +- 7.1 | 30.0 +- 0.0 | 20.0 +- 0.0 | 20.0 +- 0.0 | 10.0 +- 0.0 | 61 +- 0 | 2.0 +- 0.0 |"
-            in text)
-    assert "|  | SimCLR | GCRL, hybrid |" in lines and "| nats per token |  | 1.500 +- 0.000 |" in lines
-    assert "| Frechet distance of samples |  | 0.500 +- 0.000 |" in lines
-    assert "| AUROC, patterns: Mahalanobis, no labels | 75.0 +- 0.0 | 75.0 +- 0.0 |" in lines
-    assert "machine, torch 2, 1 threads" in text and "python x.py --seed 0" in text
+def test_pictures(tmp_path, monkeypatch):
+    for number, name in enumerate(("views", "neighbours", "curve", "samples")):
+        Image.new("RGB", (10 * (number + 1), 10), (50 * number, 0, 0)).save(tmp_path / f"{name}.png")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "kept")
+    results.main(["--pictures", str(tmp_path), str(tmp_path)])
+    sheet = Image.open(tmp_path / "kept" / "overview.png")
+    assert sheet.size == (3300 + 36, 330) and sheet.getpixel((sheet.width - 1, 5)) == (150, 0, 0)
+
+
+def test_readme_figures():
+    """Every figure in the README's tables of results stands in the files that tests/results.py wrote."""
+    readme = (ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
+    written = "\n".join(path.read_text() for path in sorted((ROOT / "tests" / "results").glob("*.md")))
+    figure = r"\d+\.\d+(?: ± \d+\.\d+)?"
+    shown, measured = ({found for line in text.splitlines() if line.startswith("|") for found in re.findall(figure, line)}
+                       for text in (readme, written))
+    assert shown and not shown - measured
