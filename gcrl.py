@@ -15,9 +15,8 @@ decoder predicts the tokens from.
     python gcrl.py --dataset cifar10 --alpha 1 --beta 1     # hybrid; --beta 0: generative; --alpha 0: contrastive
     python gcrl.py --sample RUN --temperature 0.9           # draws from a saved run
 
-Differences from the paper: --alpha weighs L_g per predicted token, L_g / (D - 1), so that both losses are a few nats,
-and --alpha D-1 is the equation to the letter; widths, depths, temperature, weak view and schedule are our choices.
-Images are 32 x 32 whatever the data set, as iGPT's: D grows with their area.
+Differences from the paper: --alpha weighs L_g / (D - 1), the mean over the predicted tokens, so that both losses are a
+few nats (--alpha D-1 is the equation to the letter); widths, depths, temperature, weak view and schedule are ours.
 
 Measured, linear probe / kNN over three seeds: `shapes` 45.5 +- 1.8 / 20.2 +- 2.1 (untrained 22.3 / 11.5), 92 s on two
 cores of an AMD EPYC; `--dataset cifar10 --small`, one seed, 50.8 / 46.8 (36.2 / 31.1), 1.583 nats per token.
@@ -99,9 +98,9 @@ def strong_view(x, rng, crop_min, jitter):
 class GCRL(nn.Module):
     """Axial-transformer encoder and autoregressive decoder over token grids (N, H, W) int64, H = W = image_size.
 
-    Encoder layer: a block of row attention, then one of column attention that sees the rows above and its own. So its
-    output at row r depends on all of the rows up to r and on no later one; shifted down one row it is a context for the
-    decoder, whose blocks of masked row attention add the tokens to the left, shifted right one place.
+    Encoder layer: row attention, then column attention that sees the rows above and its own. So its output at row r
+    depends on the rows up to r alone; shifted down one row it is a context for the decoder, whose masked row attention
+    adds the tokens to the left, shifted right one place.
     """
 
     def __init__(self, num_colours, image_size, width=256, encoder_layers=4, decoder_layers=4, heads=8, z_dim=128):
@@ -122,23 +121,18 @@ class GCRL(nn.Module):
 
     @torch.no_grad()
     def set_palette(self, palette, first_pixel):
-        """What the tokens stand for: palette (V, 3), first_pixel (V,), how often each colour is an image's first.
-
-        To the embeddings' random start it adds a random linear map of the colours, so that near colours begin with near
-        embeddings: which tokens are alike need not be learnt.
-        """
+        """What the tokens stand for: palette (V, 3), first_pixel (V,), how often each colour is an image's first. The
+        embeddings' random start gets a random linear map of the colours, so that near colours begin alike."""
         self.palette.copy_(palette)
         self.first_pixel.copy_(first_pixel)
         colour = (palette - palette.mean(dim=0)) / palette.std(dim=0, correction=0).clamp(min=1e-6)
         self.embedding.weight += 0.1 * colour @ torch.randn(3, self.embedding.embedding_dim)
 
     def tokens(self, x):
-        """RGB (N, 3, H, W), uint8 or floats in [0, 1], to tokens (N, H, W)."""
-        return quantise(x, self.palette)
+        return quantise(x, self.palette)                                      # (N, 3, H, W) to (N, H, W)
 
     def images(self, tokens):
-        """Tokens (N, H, W) to RGB (N, 3, H, W) in [0, 1]."""
-        return dequantise(tokens, self.palette)
+        return dequantise(tokens, self.palette)                               # and back, in [0, 1]
 
     def encode_grid(self, tokens):
         x = self.embedding(tokens) + self.row_position + self.column_position                # (N, H, W, C)
@@ -170,9 +164,9 @@ class GCRL(nn.Module):
     def forward(self, x1, x2, generate, contrast, micro_batch=None):
         """What a training step needs: log p(x1) (N,) or None, z1 and z2 (N, z_dim) or None, and the features.
 
-        micro_batch: how many of the N images go through the network at once, None: all. If these are fewer than N, no
-        activations are kept, they are computed again in the backward pass: memory is that of one micro-batch, while
-        NT-Xent still compares all N (gradient caching, Gao et al. 2021, 2101.06983, by torch.utils.checkpoint).
+        micro_batch: how many of the N images go through the network at once, None: all. If fewer than N, activations
+        are computed again in the backward pass: memory is that of one micro-batch, while NT-Xent still compares all N
+        (gradient caching, Gao et al. 2021, 2101.06983, by torch.utils.checkpoint).
         """
         if micro_batch is None or micro_batch >= len(x1):
             return self.outputs(x1, x2, generate, contrast)
@@ -199,9 +193,9 @@ class GCRL(nn.Module):
     def sample(self, n, temperature=1.0, top_k=None, given=None, rows=0, generator=None):
         """Draws n token grids (n, H, W), pixel by pixel.
 
-        temperature > 0 divides the logits; top_k keeps the likeliest so many colours. given: (n, H, W) tokens of which
-        the first `rows` rows are kept and the rest drawn. generator: on the model's device.
-        A pixel costs the decoder at one position, a row the encoder on one row: keys and values before are cached.
+        temperature > 0 divides the logits; top_k keeps the likeliest so many colours. given: (n, H, W) tokens, whose
+        first `rows` rows are kept. generator: on the model's device. Keys and values are cached: a pixel costs the
+        decoder at one position, a row the encoder on one row.
         """
         height, width = self.row_position.shape[0], self.column_position.shape[1]
         position, device = self.row_position + self.column_position, self.first_pixel.device   # (H, W, C)
@@ -243,8 +237,7 @@ class Encoder(GCRL):
     def forward(self, x):
         return torch.cat([self.encode(self.tokens(part)) for part in x.split(64)])            # for memory
 
-    def keep_data(self, state):
-        """Takes from a trained encoder's state what is data and not learnt: the palette."""
+    def keep_data(self, state):                                               # of a trained one: what is not learnt
         self.set_palette(state["palette"], state["first_pixel"])
 
     def stages(self):
@@ -253,16 +246,16 @@ class Encoder(GCRL):
         return [[self.embedding, self.row_position, self.column_position], *blocks]
 
 
-def build_encoder(args):
+def build_encoder(args, kind=Encoder):
     """The encoder, untrained: (N, 3, S, S) RGB in [0, 1] to features (N, D). args: the settings of a run."""
-    return Encoder(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
+    return kind(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
 
 
 def build_generator(args):
     """The whole model, untrained. Raises Refusal where a run with the settings args does not train it to draw."""
     if args.alpha == 0:
         raise Refusal("that run has --alpha 0, so its decoder was not trained to draw")
-    return GCRL(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
+    return build_encoder(args, GCRL)
 
 
 def log_likelihood(logits, tokens):
@@ -275,7 +268,7 @@ def log_likelihood(logits, tokens):
 
 
 def nt_xent(z1, z2, tau):
-    """L_c: z1, z2 (N, D) projections of the two views, normalised here, to a scalar. Chance level: log(2N - 1)."""
+    """L_c of z1, z2 (N, D), the projections of the two views, normalised here: a scalar. By chance log(2N - 1)."""
     n, z = len(z1), F.normalize(torch.cat([z1, z2]).float(), dim=1)           # (2N, D)
     logits = z @ z.T / tau
     logits = logits.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -math.inf)         # j != i
@@ -305,8 +298,8 @@ def arguments(argv):
     number("--crop-min", 0.08, "(0, 1]", "strong view: least share of the area kept")
     number("--jitter", 0.5, "[0, inf)", "strong view: strength s of the colour distortion")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
-    number("--micro-batch", None, "[1, inf)", "images that go through the network at once (default: what takes about 2 "
-        "GB, on a GPU 4): loss and gradients are the batch's all the same; all at once is a fifth faster", kind=int)
+    number("--micro-batch", None, "[1, inf)", "images that go through the network at once (default: what takes 2 GB, 4 "
+        "on a GPU): loss and gradients stay the batch's; all at once is a fifth faster", kind=int)
     number("--lr", 1e-3, "(0, inf)", "peak learning rate of AdamW")
     number("--weight-decay", 0.01, "[0, inf)", "of all weights but biases and norms")
     number("--tau", 0.2, "(0, inf)", "temperature of the contrastive loss")
@@ -348,7 +341,7 @@ def main(argv=None):
 
     def new_model(kind):
         torch.manual_seed(args.seed)
-        model = kind(len(palette), args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
+        model = build_encoder(args, kind)
         model.set_palette(palette, first_pixels)
         return model.to(device)
 
