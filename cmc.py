@@ -261,8 +261,9 @@ def fill_banks(model, images, batch_size, rng, random_view, autocast):
     starts = [min(start, len(images) - batch_size) for start in range(0, len(images), batch_size)]
     order = [torch.arange(start, start + batch_size) for start in starts]
     for index, x in zip(order, images.batches(order)):
+        x = random_view(x, rng, aspect=images.aspect[index])
         with autocast:
-            z = model(random_view(x, rng, aspect=images.aspect[index]))[1]
+            z = model(x)[1]
         model.remember(z, index.to(z.device), 0.0)
 
 

@@ -324,8 +324,9 @@ def main(argv=None):
         # From random vectors training first learns to keep away from those seen so far, which takes long to unlearn.
         fill_rng = augment.Random(args.seed, rank, world)
         for _, index, x in batches.epoch(0):
+            x = random_view(x, fill_rng, aspect=images.train.aspect[index])
             with torch.no_grad(), autocast:
-                q = model.query(random_view(x, fill_rng, aspect=images.train.aspect[index]))[1]
+                q = model.query(x)[1]
             model.bank[distributed.gather(index.to(device))] = distributed.gather(q)
         run.ready("memory bank", "by the untrained encoder")
     with run:

@@ -232,6 +232,6 @@ def pick_amp(name, device):
             name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
         elif device.type == "cpu" and (has.get("amx_bf16") or has.get("avx512_bf16")):
             name = "bf16"
-    if name == "fp16" and device.type != "cuda":
-        raise Refusal("--amp fp16 needs a CUDA device, try --amp auto")
+    if name == "fp16" and device.type not in ("cuda", "cpu"):
+        raise Refusal(f"--amp fp16 needs a CUDA device or the CPU, not {device.type}: try --amp auto")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]

@@ -136,7 +136,8 @@ class WhitenedPixels(torch.nn.Module):
         parts = images.batches(images.random_indices(10_000).split(512))
         x = torch.cat([self.flat(part.float() / 255) for part in parts])
         self.mean = x.mean(dim=0)
-        variance, axes = torch.linalg.eigh((x - self.mean).T @ (x - self.mean) / len(x))      # ascending
+        covariance = (x - self.mean).T @ (x - self.mean) / len(x)
+        variance, axes = (part.to(x.device) for part in torch.linalg.eigh(covariance.cpu()))  # ascending; MPS has none
         components = min(components, int((variance > 1e-6 * variance[-1]).sum()))             # few images span less
         self.axes = axes[:, -components:] / variance[-components:].clamp(min=1e-8).sqrt()
 

@@ -67,7 +67,7 @@ class Progress:
         """Fetches the pending values. Raises Refusal where one is not finite, before any checkpoint takes it."""
         if not self.pending:
             return
-        rows = torch.stack(self.pending).double().cpu().tolist()
+        rows = torch.stack(self.pending).cpu().double().tolist()           # MPS has no float64
         epoch, step = self.at
         for at, row in enumerate(rows, step + 2 - len(rows)):
             if not all(map(math.isfinite, row)):

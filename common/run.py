@@ -143,7 +143,8 @@ class Run:
             if state["method"] != self.method:
                 raise ValueError(f"it is {state['method']}'s")
             for name, thing in self.tracked.items():
-                thing.load_state_dict(state[name])
+                if state[name]:                                               # {} of a GradScaler that was not needed
+                    thing.load_state_dict(state[name])
             epoch, step, self.history = state["epoch"], state["step"], state["history"]
         except Exception as error:                                            # zip, pickle, key and shape errors
             reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

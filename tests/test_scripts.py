@@ -239,7 +239,7 @@ BAD = {
     "all": ["--epochs 0", "--epochs two", "--batch-size 1", "--batch-size 41", "--tau 0", "--tau -1", "--tau nan",
              "--tau inf", "--lr -1", "--lr 0", "--weight-decay -1", "--image-size 4", "--crop-min 0", "--crop-min 2",
              "--width 0", "--device nonsense", "--dataset mnist", "--seed -1",
-             "--workers -1", "--cache-gb nan", "--amp fp16", "--data-dir nowhere", "--learning-rate 1", "--resume"],
+             "--workers -1", "--cache-gb nan", "--amp fp8", "--data-dir nowhere", "--learning-rate 1", "--resume"],
     "simclr": ["--store-size 64 --dataset shapes", "--margin 0.5", "--semi-hard", "--tau 0.3 --loss margin",
                "--projection-dim 3 --head none", "--head linear --loss supervised", "--blur 1.1", "--arch resnet9",
                "--stem big", "--optimizer adam", "--warmup 2", "--jitter -1"],

@@ -49,18 +49,18 @@ def fpr(inside, outside, tpr=0.95):
 
 def uncertainty(logits):
     """1 - the greatest probability, of a classifier's logits (M, classes). Hendrycks & Gimpel 2016 (1610.02136)."""
-    return 1 - logits.double().softmax(dim=1).max(dim=1).values
+    return 1 - logits.cpu().double().softmax(dim=1).max(dim=1).values
 
 
 def mahalanobis(train_x, x, train_y=None):
     """Squared Mahalanobis distance of x (M, D) to the nearest class mean of train_x (N, D), by the covariance within
     the classes train_y (N,); without labels to the mean of all, by the covariance of all. Lee et al. 2018 (1807.03888).
 
-    In float64. Directions in which train_x hardly varies (below 1e-6 of the mean variance) count as if it varied so
+    In float64, on the CPU. Directions in which train_x hardly varies (below 1e-6 of the mean variance) count as if it varied so
     much: fewer images than dimensions have a singular covariance.
     """
-    train_x, x = train_x.double(), x.double()
-    train_y = torch.zeros(len(train_x), dtype=torch.int64, device=x.device) if train_y is None else train_y
+    train_x, x = train_x.cpu().double(), x.cpu().double()
+    train_y = torch.zeros(len(train_x), dtype=torch.int64) if train_y is None else train_y.cpu()
     classes, label = train_y.unique(return_inverse=True)
     means = torch.stack([train_x[label == c].mean(dim=0) for c in range(len(classes))])       # (classes, D)
     centred = train_x - means[label]
@@ -99,7 +99,7 @@ def likelihoods(model, images, autocast):
     for x in images.batches(torch.arange(len(images)).split(128)):
         tokens = model.tokens(x)
         with autocast:
-            nats.append(-model.log_prob(tokens).double().cpu())
+            nats.append(-model.log_prob(tokens).cpu().double())
         bits.append(complexity((255 * model.images(tokens)).round().byte()))
     return torch.cat(nats), torch.cat(bits)
 
