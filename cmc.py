@@ -43,17 +43,17 @@ CHANNELS = {"lab": (1, 2), "ycbcr": (1, 2), "rgb": (1, 1, 1)}
 
 def linear_map(x, matrix):
     """(N, 3, H, W) times a 3 x 3 matrix (rows to), in x's own precision: autocast would take bf16 for a product."""
-    return sum(x[:, i : i + 1] * x.new_tensor(column)[:, None, None] for i, column in enumerate(zip(*matrix)))
+    return torch.cat([sum(weight * x[:, i : i + 1] for i, weight in enumerate(row)) for row in matrix], dim=1)
 
 
 def rgb_to_lab(x):
     """sRGB (N, 3, H, W) in [0, 1] to CIE 1976 L*a*b*, white D65: L in [0, 100], a and b within about [-108, 99]. IEC
     61966-2-1 (sRGB), CIE 15 (L*a*b*, 2 degree observer)."""
     linear = torch.where(x <= 0.04045, x / 12.92, ((x.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4)
-    xyz = linear_map(linear, ((0.4124564, 0.3575761, 0.1804375),
-                              (0.2126729, 0.7151522, 0.0721750),
-                              (0.0193339, 0.1191920, 0.9503041)))
-    t = xyz / x.new_tensor([0.95047, 1.0, 1.08883])[:, None, None]            # of the white point
+    x, y, z = linear_map(linear, ((0.4124564, 0.3575761, 0.1804375),
+                                  (0.2126729, 0.7151522, 0.0721750),
+                                  (0.0193339, 0.1191920, 0.9503041))).split(1, dim=1)
+    t = torch.cat([x / 0.95047, y, z / 1.08883], dim=1)                       # of the white point
     f = torch.where(t > (6 / 29) ** 3, t.clamp(min=1e-6) ** (1 / 3), t * (29 / 6) ** 2 / 3 + 4 / 29)
     fx, fy, fz = f.split(1, dim=1)
     return torch.cat([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], dim=1)
@@ -81,10 +81,10 @@ def view(x, rng, size, crop_min, jitter, aspect=None):
     x uint8 (N, C, H, W) to float (N, C, size, size) in [0, 1]. aspect: (N,), width / height of photographs squashed to
     these squares."""
     s = jitter
-    x = augment.random_resized_crop(x.float() / 255, rng, size, (crop_min, 1.0), aspect)
+    steps = augment.random_resized_crop(rng, x.shape, size, (crop_min, 1.0), aspect)
     if s > 0:
-        x = augment.random_color_jitter(x, rng, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
-    return augment.random_horizontal_flip(x, rng)
+        steps += augment.random_color_jitter(rng, len(x), 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
+    return augment.apply(x, steps + augment.random_horizontal_flip(rng, len(x)))
 
 
 def as_colours(x):
@@ -264,7 +264,7 @@ def fill_banks(model, images, batch_size, rng, random_view, autocast):
         x = random_view(x, rng, aspect=images.aspect[index])
         with autocast:
             z = model(x)[1]
-        model.remember(z, index.to(z.device), 0.0)
+        model.remember(z, augment.send(index, z.device), 0.0)
 
 
 def main(argv=None):
@@ -308,9 +308,9 @@ def main(argv=None):
                 for group in optimizer.param_groups:
                     group["lr"] = peak_lr * cosine(epoch * len(batches) + step, args.epochs * len(batches), args.warmup)
                 x = random_view(x, rng, aspect=images.train.aspect[index])    # (N, 3 or 3 folders, S, S)
-                index, drawn = distributed.gather(index.to(device)), whole_bank
+                index, drawn = distributed.gather(augment.send(index, device)), whole_bank
                 if entries and args.negatives:
-                    drawn = torch.randint(entries, (m,), generator=rng.generator).to(device)
+                    drawn = augment.send(torch.randint(entries, (m,), generator=rng.generator), device)
                 with autocast:
                     h, z = net(x)
                 z = distributed.gather(z)                                     # (N, V, C)

@@ -48,22 +48,24 @@ def view(x, rng, size, crop_min, augmentation, colour_drop, patch, stride, aspec
     crop of 60 out of 64 pixels, padded), "v2" gives each its own flip, colours and grey, and to a share colour_drop
     one channel only. aspect: (N,), width / height of photographs squashed to these squares.
     """
-    x = augment.random_resized_crop(x.float() / 255, rng, size, (crop_min, 1.0), aspect)
-    x = cut(augment.random_horizontal_flip(x, rng), patch, stride)
-    grid, x = x.shape[:3], x.flatten(0, 2)                                    # (N G G, 3, patch, patch)
+    side = (size - patch) // stride + 1
+    n, patches = len(x), len(x) * side * side
+    steps = augment.random_resized_crop(rng, x.shape, size, (crop_min, 1.0), aspect)
+    steps += augment.random_horizontal_flip(rng, n)
+    steps += [(lambda x: cut(x, patch, stride).flatten(0, 2),)]               # (N G G, 3, patch, patch)
     if augmentation == "v1":
-        x = augment.random_shift(x, rng, reach=max(1, patch // 32))
+        steps += augment.random_shift(rng, patches, reach=max(1, patch // 32))
     else:
-        x = augment.random_horizontal_flip(x, rng)
-        x = augment.random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.1, p=0.8)
-        x = augment.random_grayscale(x, rng, p=0.2)
-        x = augment.apply_where(rng.uniform(len(x)) < colour_drop, drop_colours, x, (3 * rng.uniform(len(x))).long())
-    return x.unflatten(0, grid)
+        steps += augment.random_horizontal_flip(rng, patches)
+        steps += augment.random_color_jitter(rng, patches, 0.4, 0.4, 0.4, 0.1, p=0.8)
+        steps += augment.random_grayscale(rng, patches, p=0.2)
+        steps += augment.where(rng.uniform(patches) < colour_drop, drop_colours, (3 * rng.uniform(patches)).floor())
+    return augment.apply(x, steps).unflatten(0, (n, side, side))
 
 
 def drop_colours(x, kept):
     """Leaves one channel of each image, kept (N,) in 0..2, and sets the other two to the middle of the range."""
-    return torch.where(F.one_hot(kept, 3).bool().to(x.device)[:, :, None, None], x, 0.5)
+    return torch.where((torch.arange(3, device=x.device) == kept[:, None])[:, :, None, None], x, 0.5)
 
 
 def mosaic(patches):

@@ -50,14 +50,15 @@ def mutual_information(scores, positives, estimator):
     JS(P, Q) - log 4, within [-log 4, 0]. The chance levels, of T = 0, are 0, 0 and -log 4.
     """
     scores = scores.float()
+    def mean(x, mask):                                                        # x[mask] would make a GPU wait
+        return torch.where(mask, x, 0.0).sum() / mask.sum()
+    if estimator == "jsd":
+        return -mean(F.softplus(-scores), positives) - mean(F.softplus(scores), ~positives)
+    others = scores.masked_fill(positives, -math.inf).logsumexp(dim=1, keepdim=True)          # (N, 1)
     if estimator == "infonce":
-        others = scores.masked_fill(positives, -math.inf).logsumexp(dim=1, keepdim=True)      # (N, 1)
         log_softmax = scores - torch.logaddexp(scores, others)                # (N, K), of a positive and the negatives
-        return log_softmax[positives].mean() + math.log(1 + int((~positives[0]).sum()))
-    real, fake = scores[positives], scores[~positives]
-    if estimator == "dv":
-        return real.mean() - (fake.logsumexp(dim=0) - math.log(len(fake)))
-    return -F.softplus(-real).mean() - F.softplus(fake).mean()
+        return mean(log_softmax, positives) + (~positives[0]).sum().log1p()
+    return mean(scores, positives) - (others.logsumexp(dim=(0, 1)) - (~positives).sum().log())
 
 
 def inner_products(a, b):
@@ -302,9 +303,9 @@ class AMDIM(nn.Module):
         maps = self.encoder.layers(views)
         embedded = {scale: embedding(maps[int(scale)]).flatten(2).transpose(1, 2).float()
                     for scale, embedding in self.embeddings.items()}          # (2 N, scale^2, dim)
-        loss = penalty = 0.0
+        loss, penalty, image = 0.0, 0.0, torch.arange(len(views), device=views.device)
         for source, target in (task.split("-") for task in self.tasks):
-            a = maps[1].float() if source == "1" else embedded[source][torch.arange(len(views)), position]
+            a = maps[1].float() if source == "1" else embedded[source][image, position]
             a, b = a.chunk(2), embedded[target].chunk(2)                      # of each view
             for view in (0, 1):
                 scores, positives = inner_products(distributed.gather(a[view]), distributed.gather(b[1 - view]))
@@ -318,26 +319,24 @@ def bounded(scores, clip):
     return clip * torch.tanh(scores / clip)
 
 
-def view(x, rng, size, aspect=None):
-    """One random view of each image but for the flip, which both views share (appendix, CIFAR; from 64 pixels on a crop
-    in place of the shift): x float (N, 3, H, W) to (N, 3, size, size) in [0, 1]."""
+def recipe(rng, shape, size, aspect=None):
+    """Of one random view of each image, x (N, 3, H, W), but for the flip, which both views share (appendix, CIFAR; from
+    64 pixels on a crop in place of the shift)."""
     if size >= 64:
-        x = augment.random_resized_crop(x, rng, size, (0.3, 1.0), aspect, ratio=(0.7, 1.4))
+        steps = augment.random_resized_crop(rng, shape, size, (0.3, 1.0), aspect, ratio=(0.7, 1.4))
     else:
-        shifted = (rng.uniform(len(x)) < 0.8).to(x.device)[:, None, None, None]
-        x = torch.where(shifted, augment.random_shift(x, rng, reach=size // 8), x)
-    x = augment.random_color_jitter(x, rng, 0.4, 0.4, 0.4, 0.2, p=0.8)
-    return augment.random_grayscale(x, rng, p=0.25)
+        steps = augment.random_shift(rng, shape[0], reach=size // 8, p=0.8)
+    steps += augment.random_color_jitter(rng, shape[0], 0.4, 0.4, 0.4, 0.2, p=0.8)
+    return steps + augment.random_grayscale(rng, shape[0], p=0.25)
 
 
 def random_views(x, rng, size, count, aspect=None):
     """x uint8 (N, 3, S, S) to (count N, 3, S, S) in [0, 1]; one view is the image itself. aspect: (N,), width / height
     of photographs squashed to these squares, where views are crops."""
-    x = x.float() / 255
     if count == 1:
-        return x
-    x = augment.random_horizontal_flip(x, rng)
-    return torch.cat([view(x, rng, size, aspect), view(x, rng, size, aspect)])
+        return x.float() / 255
+    flip = augment.random_horizontal_flip(rng, len(x))
+    return torch.cat([augment.apply(x, flip + recipe(rng, x.shape, size, aspect)) for _ in range(2)])
 
 
 def build_encoder(args):
@@ -465,7 +464,7 @@ def main(argv=None):
                 else:
                     draws = [rng.uniform(len(x), 64) for _ in range(args.views)]
                 with autocast:
-                    h, terms = net(views, torch.cat(draws).to(device))
+                    h, terms = net(views, augment.send(torch.cat(draws), device))
                 optimizer.zero_grad()
                 scaler.scale(sum(terms)).backward()
                 scaler.step(optimizer)                                        # skipped where a gradient overflowed

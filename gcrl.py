@@ -80,16 +80,17 @@ def dequantise(tokens, palette):
 
 def weak_view(x, rng):
     """A flip and a shift of up to an eighth of the side: x uint8 (N, 3, S, S) to floats in [0, 1]."""
-    return augment.random_shift(augment.random_horizontal_flip(x.float() / 255, rng), rng, reach=x.shape[-1] // 8)
+    flip = augment.random_horizontal_flip(rng, len(x))
+    return augment.apply(x, flip + augment.random_shift(rng, len(x), reach=x.shape[-1] // 8))
 
 
 def strong_view(x, rng, crop_min, jitter):
     """SimCLR's view (appendix A): crop, flip, colour distortion of strength `jitter`, greyscale."""
-    s = jitter
-    x = augment.random_resized_crop(x.float() / 255, rng, x.shape[-1], scale=(crop_min, 1.0))
-    x = augment.random_horizontal_flip(x, rng)
-    x = augment.random_color_jitter(x, rng, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
-    return augment.random_grayscale(x, rng, p=0.2)
+    n, s = len(x), jitter
+    steps = augment.random_resized_crop(rng, x.shape, x.shape[-1], scale=(crop_min, 1.0))
+    steps += augment.random_horizontal_flip(rng, n)
+    steps += augment.random_color_jitter(rng, n, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
+    return augment.apply(x, steps + augment.random_grayscale(rng, n, p=0.2))
 
 
 # ---- model

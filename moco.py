@@ -46,13 +46,13 @@ def view(x, rng, size, crop_min, augmentation, blur, aspect=None):
     the hue strongly, "v2" of 0.8 of them, weakly. blur: share of the views that are blurred. aspect: (N,), width /
     height of photographs squashed to these squares.
     """
-    share, hue = {"v1": (1.0, 0.4), "v2": (0.8, 0.1)}[augmentation]
-    x = augment.random_resized_crop(x.float() / 255, rng, size, (crop_min, 1.0), aspect)
-    x = augment.random_color_jitter(x, rng, 0.4, 0.4, 0.4, hue, p=share)
-    x = augment.random_grayscale(x, rng, p=0.2)
+    n, (share, hue) = len(x), {"v1": (1.0, 0.4), "v2": (0.8, 0.1)}[augmentation]
+    steps = augment.random_resized_crop(rng, x.shape, size, (crop_min, 1.0), aspect)
+    steps += augment.random_color_jitter(rng, n, 0.4, 0.4, 0.4, hue, p=share)
+    steps += augment.random_grayscale(rng, n, p=0.2)
     if blur > 0:
-        x = augment.random_gaussian_blur(x, rng, kernel_size=size // 20 * 2 + 1, p=blur)
-    return augment.random_horizontal_flip(x, rng)
+        steps += augment.random_gaussian_blur(rng, n, kernel_size=size // 20 * 2 + 1, p=blur)
+    return augment.apply(x, steps + augment.random_horizontal_flip(rng, n))
 
 
 # ---- model
@@ -327,7 +327,7 @@ def main(argv=None):
             x = random_view(x, fill_rng, aspect=images.train.aspect[index])
             with torch.no_grad(), autocast:
                 q = model.query(x)[1]
-            model.bank[distributed.gather(index.to(device))] = distributed.gather(q)
+            model.bank[distributed.gather(augment.send(index, device))] = distributed.gather(q)
         run.ready("memory bank", "by the untrained encoder")
     with run:
         for epoch in range(first_epoch, args.epochs):
@@ -338,13 +338,14 @@ def main(argv=None):
                 x1 = random_view(x, rng, aspect=aspect).contiguous(memory_format=torch.channels_last)
                 x2 = None if bank else random_view(x, rng, aspect=aspect)
                 if bank:                                                      # of the whole batch of all processes
-                    index, drawn = distributed.gather(index.to(device)), all_images
+                    index, drawn = distributed.gather(augment.send(index, device)), all_images
                     if args.negatives:
-                        drawn = torch.randint(n, (args.negatives,), generator=rng.generator).to(device)
+                        drawn = torch.randint(n, (args.negatives,), generator=rng.generator)
+                        drawn = augment.send(drawn, device)
                     draws = dict(index=index, drawn=drawn)
                 else:
                     order = torch.randperm(args.batch_size, generator=rng.generator)
-                    draws = dict(order=(order.sort().values if args.no_shuffle else order).to(device))
+                    draws = dict(order=augment.send(order.sort().values if args.no_shuffle else order, device))
                 with autocast:
                     loss, h, q, k = net(x1, x2, args.tau, args.symmetric, **draws)
                 optimizer.zero_grad()

@@ -46,48 +46,52 @@ def view(x, rng, size, crop_min, jitter, blur, aspect=None, names=RECIPE):
     blur: share of the views that are blurred. aspect: (N,), width / height of photographs squashed to these squares.
     names: which operations, of RECIPE and STUDIED; without "crop" the whole image is resized.
     """
-    s, scale = jitter, (crop_min, 1.0) if "crop" in names else (1.0, 1.0)
-    x = augment.random_resized_crop(x.float() / 255, rng, size, scale, aspect)
+    n, s, scale = len(x), jitter, (crop_min, 1.0) if "crop" in names else (1.0, 1.0)
+    steps = augment.random_resized_crop(rng, x.shape, size, scale, aspect)
     if "flip" in names:
-        x = augment.random_horizontal_flip(x, rng)
+        steps += augment.random_horizontal_flip(rng, n)
     if "colour" in names:
-        x = augment.random_color_jitter(x, rng, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
+        steps += augment.random_color_jitter(rng, n, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
     if "grey" in names:
-        x = augment.random_grayscale(x, rng, p=0.2)
+        steps += augment.random_grayscale(rng, n, p=0.2)
     if blur > 0:
-        x = augment.random_gaussian_blur(x, rng, kernel_size=size // 20 * 2 + 1, p=blur)
+        steps += augment.random_gaussian_blur(rng, n, kernel_size=size // 20 * 2 + 1, p=blur)
     for name in STUDIED:
         if name in names:
-            x = {"cutout": cutout, "rotation": rotation, "noise": noise, "sobel": sobel}[name](x, rng)
-    return x
+            steps += {"cutout": cutout, "rotation": rotation, "noise": noise, "sobel": sobel}[name](rng, n, size)
+    return augment.apply(x, steps)
 
 
-def cutout(x, rng):
+def cutout(rng, n, size):
     """Greys a square of half the side, at a place of each image's own (DeVries & Taylor 2017, 1708.04552)."""
-    n, size, side = len(x), x.shape[-1], x.shape[-1] // 2
-    corner = (rng.uniform(n, 2, 1) * (size - side + 1)).floor().to(x.device)  # (N, 2, 1)
-    inside = (torch.arange(size, device=x.device) - corner).div(side).floor() == 0            # (N, 2, S)
-    return x.masked_fill((inside[:, 0, :, None] & inside[:, 1, None])[:, None], 0.5)
+    side = size // 2
+
+    def grey(x, corner):                                                      # (N, 2, 1)
+        inside = (torch.arange(size, device=x.device) - corner).div(side).floor() == 0        # (N, 2, S)
+        return x.masked_fill((inside[:, 0, :, None] & inside[:, 1, None])[:, None], 0.5)
+    return [(grey, (rng.uniform(n, 2, 1) * (size - side + 1)).floor())]
 
 
-def rotation(x, rng):
+def rotation(rng, n, size):
     """Turns each image by 0, 90, 180 or 270 degrees."""
-    turns = (4 * rng.uniform(len(x))).long()
-    return torch.stack([image.rot90(int(turn), (1, 2)) for image, turn in zip(x, turns)])
+    turns = (4 * rng.uniform(n)).long()
+    return [step for k in (1, 2, 3) for step in augment.where(turns == k, lambda x, k=k: x.rot90(k, (2, 3)))]
 
 
-def noise(x, rng, deviation=0.1):
+def noise(rng, n, size, deviation=0.1):
     """Adds Gaussian noise."""
-    u = rng.uniform(*x.shape).clamp(1e-6, 1 - 1e-6).to(x.device)
-    return (x + deviation * torch.special.ndtri(u)).clamp(0, 1)
+    return [(lambda x, u: (x + deviation * torch.special.ndtri(u)).clamp(0, 1),
+             rng.uniform(n, 3, size, size).clamp(1e-6, 1 - 1e-6))]
 
 
-def sobel(x, rng):
+def sobel(rng, n, size):
     """The strength of the edges of the grey image."""
-    kernel = x.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4
-    grey = F.pad(augment.luma(x), (1, 1, 1, 1), mode="replicate")
-    edges = F.conv2d(grey, torch.stack([kernel, kernel.T])[:, None])          # (N, 2, S, S)
-    return edges.square().sum(dim=1, keepdim=True).sqrt().clamp(0, 1).expand_as(x)
+    kernel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4
+
+    def edges(x, kernels):
+        grey = F.pad(augment.luma(x), (1, 1, 1, 1), mode="replicate")
+        return F.conv2d(grey, kernels).square().sum(dim=1, keepdim=True).sqrt().clamp(0, 1).expand_as(x)
+    return [(edges, torch.stack([kernel, kernel.T])[:, None])]
 
 
 # ---- model
@@ -142,8 +146,9 @@ def pair_similarities(z1, z2):
     z2: as in `nt_xent`."""
     n, z = len(z1), F.normalize(torch.cat([z1, z2]).float(), dim=1)           # (2N, D)
     cosines = z @ z.T                                                         # (2N, 2N)
-    same_image = torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)
-    return cosines.diagonal(n).repeat(2), cosines[~same_image].view(2 * n, -1)
+    own, other = torch.arange(n, device=z.device).repeat(2)[:, None], torch.arange(2 * n - 2, device=z.device)
+    other = other + (other >= own)                                            # (2N, 2N - 2), past i and past i + N
+    return cosines.diagonal(n).repeat(2), cosines.gather(1, other + (other >= own + n))
 
 
 def semi_hard(positive, negatives, margin):
@@ -324,7 +329,9 @@ def main(argv=None):
                     h, z = net(views.contiguous(memory_format=torch.channels_last))       # of 2N views
                 z1, z2 = z.float().chunk(2)                                   # (N, projection_dim) each
                 # Each process sees the negatives of all: the loss is that of the whole batch.
-                y = distributed.gather(images.train.labels[index.to(device)]) if args.loss == "supervised" else None
+                y = None
+                if args.loss == "supervised":
+                    y = distributed.gather(images.train.labels[augment.send(index, device)])
                 loss = criterion(distributed.gather(z1), distributed.gather(z2), y)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()

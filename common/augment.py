@@ -1,11 +1,12 @@
 """Augmentation of a whole batch at once, with parameters of each image's own.
 
-Images x are (N, 3, H, W) floats in [0, 1] on any device. Parameters are (N,) tensors on the CPU, drawn by `Random`, so
-a seed gives the same views on every device. Given the same parameters each operation agrees with the function of its
-name in `torchvision.transforms.functional`, and the `random_` ones draw them as torchvision's transforms do. The
-recipes (which operation, how strong, how often) stand in the scripts.
+Images x are (N, 3, H, W) floats in [0, 1] on any device. A recipe is a list of steps, (operation, *parameters), which
+the `random_` functions draw as torchvision's transforms do, on the CPU, so a seed gives the same views on every device;
+`apply` sends all parameters at once and runs the steps. Given the same parameters each operation agrees with the
+function of its name in `torchvision.transforms.functional`. The recipes stand in the scripts.
 """
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 class Random:
     """Uniform random numbers for the images of a batch, from one seeded generator.
 
-    In a multi-process run every process draws for the whole batch and keeps its own images' part: the numbers, and so
-    the views, are those of one process with the whole batch, and the generator's state is the same everywhere.
+    In a multi-process run every process draws for the whole batch and keeps its own images' part: numbers, views and
+    the generator's state are those of one process with the whole batch.
     """
 
     def __init__(self, seed, rank=0, world=1):
@@ -34,22 +35,34 @@ class Random:
         self.generator.set_state(state["generator"])
 
 
-def per_image(parameter, x):
-    """(N,) on the CPU to (N, 1, 1, 1) on x's device, of x's type."""
-    return parameter.to(x.device, x.dtype, non_blocking=True)[:, None, None, None]
+def send(x, device):
+    """x on the device. To CUDA from pinned memory, without a wait; elsewhere torch may then free x before it is read
+    (pytorch issue 189690)."""
+    copied = device.type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if copied else x.to(device)
 
 
-def apply_where(mask, operation, x, *parameters, inplace=False):
-    """x with operation(x, *parameters) in place of the images where mask (N,) is true; the others cost nothing.
+def apply(x, steps):
+    """x (N, C, H, W), uint8 or floats in [0, 1], after the steps, as floats on x's device. It stays as it was.
 
-    inplace: write into x itself, for a caller that owns it.
+    steps: [(operation, *parameters)]. Parameters are tensors on the CPU, sent as float32: whole numbers below 2^24 are
+    exact. An operation may write into its x, and may return another number of images.
     """
-    x = x if inplace else x.clone()
-    index = mask.nonzero()[:, 0]                                              # on the CPU: no wait for the device
-    if len(index):
-        on_device = index.to(x.device, non_blocking=True)
-        x.index_copy_(0, on_device, operation(x[on_device], *(p[index] for p in parameters)))
+    flat = [torch.empty(0), *(p.float().flatten() for _, *parameters in steps for p in parameters)]
+    _, *sent = send(torch.cat(flat), x.device).split([len(p) for p in flat])
+    x = x.float() / 255 if x.dtype == torch.uint8 else x.clone()
+    for operation, *parameters in steps:
+        x = operation(x, *(sent.pop(0).view(p.shape) for p in parameters))
     return x
+
+
+def where(mask, operation, *parameters):
+    """The step, in a list, that changes the images where mask (N,) is true; the others cost nothing. If none is: []."""
+    def replace(x, index, *parameters):
+        index = index.long()
+        return x.index_copy_(0, index, operation(x[index], *parameters))
+    index = mask.nonzero()[:, 0]                                              # on the CPU: no wait for the device
+    return [(replace, index, *(p[index] for p in parameters))] if len(index) else []
 
 
 # ---- geometry: resampling along rows and columns is linear, hence one matrix for each image and axis
@@ -62,11 +75,9 @@ def resample(x, rows, columns):
 
 
 def crop_matrix(start, length, size, out):
-    """Bilinear, antialiased resizing of positions start..start + length of an axis to `out` positions.
-
-    start, length: (N,) in pixels. size: the axis's length. Returns (N, out, size), rows summing to 1:
-    torchvision's antialias filter, a triangle as wide as one output pixel where it shrinks, else as one input pixel.
-    """
+    """Bilinear, antialiased resizing of positions start..start + length, (N,) in pixels, of an axis of `size` to `out`
+    positions: (N, out, size), rows summing to 1. torchvision's antialias filter, a triangle as wide as one output pixel
+    where it shrinks, else as one input pixel."""
     start, length = start[:, None, None], length[:, None, None]
     scale = length / out                                                      # (N, 1, 1) input pixels per output pixel
     position = torch.arange(size, device=start.device) + 0.5 - start          # (N, 1, size) from the crop's edge
@@ -77,8 +88,7 @@ def crop_matrix(start, length, size, out):
 
 
 def resized_crop(x, top, left, height, width, size):
-    """Each image's own box, in pixels, resized to size x size with antialiasing."""
-    top, left, height, width = (p.to(x.device, x.dtype, non_blocking=True) for p in (top, left, height, width))
+    """Each image's own box, in pixels (N,), resized to size x size with antialiasing."""
     return resample(x, crop_matrix(top, height, x.shape[2], size), crop_matrix(left, width, x.shape[3], size))
 
 
@@ -102,64 +112,59 @@ def crop_boxes(rng, n, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     return top, torch.where(any_fits, left, ((width - w) / 2).floor()), h, w
 
 
-def random_resized_crop(x, rng, size, scale, aspect=None, ratio=(3 / 4, 4 / 3)):
+def random_resized_crop(rng, shape, size, scale, aspect=None, ratio=(3 / 4, 4 / 3)):
     """A box of each image's own, of a share of its area in `scale` and a shape in `ratio`, resized to size x size.
 
-    aspect: (N,) on the CPU, width / height of the photographs that were squashed to the squares x, None: 1. The box has
-    its shape and its share in the photograph.
+    shape: of x. aspect: (N,), width / height of the photographs that were squashed to the squares x, None: 1. The box
+    has its shape and its share in the photograph.
     """
-    height, width = x.shape[2:]
-    if aspect is None:
-        return resized_crop(x, *crop_boxes(rng, len(x), height, width, scale, ratio), size)
+    n, _, height, width = shape
+    aspect = torch.ones(n) if aspect is None else aspect
     tall, wide = (height / aspect.clamp(max=1)).round(), (width * aspect.clamp(min=1)).round()
-    top, left, h, w = crop_boxes(rng, len(x), tall, wide, scale, ratio)
-    return resized_crop(x, top * height / tall, left * width / wide, h * height / tall, w * width / wide, size)
+    top, left, h, w = crop_boxes(rng, n, tall, wide, scale, ratio)
+    crop = functools.partial(resized_crop, size=size)
+    return [(crop, top * height / tall, left * width / wide, h * height / tall, w * width / wide)]
 
 
-def horizontal_flip(x, mask):
-    """Mirrors the images where mask (N,) is true."""
-    return torch.where(mask.to(x.device, non_blocking=True)[:, None, None, None], x.flip(3), x)
-
-
-def random_horizontal_flip(x, rng):
+def random_horizontal_flip(rng, n):
     """Mirrors one image in two."""
-    return horizontal_flip(x, rng.uniform(len(x)) < 0.5)
+    return where(rng.uniform(n) < 0.5, lambda x: x.flip(3))
 
 
 def shift(x, down, right):
     """Moves each image by its own whole number of pixels (N,), negative for up and left; the border is mirrored."""
     def moved(size, by):                                                      # (N, size) source positions
-        source = (torch.arange(size) - by[:, None].long()).abs()              # -1 is 1: the edge pixel is not repeated
-        return (size - 1 - (size - 1 - source).abs()).to(x.device, non_blocking=True)
+        source = (torch.arange(size, device=x.device) - by[:, None].long()).abs()             # -1 is 1: no edge twice
+        return size - 1 - (size - 1 - source).abs()
     n, _, height, width = x.shape
     image = torch.arange(n, device=x.device)[:, None, None]
     x = x.permute(0, 2, 3, 1)[image, moved(height, down)[:, :, None], moved(width, right)[:, None, :]]
     return x.permute(0, 3, 1, 2)
 
 
-def random_shift(x, rng, reach):
-    """Moves each image by up to `reach` whole pixels down or up and right or left."""
-    return shift(x, *rng.uniform(len(x), 2, low=-reach, high=reach + 1).floor().unbind(1))
+def random_shift(rng, n, reach, p=1.0):
+    """Moves a share p of the images by up to `reach` whole pixels down or up and right or left."""
+    moved = rng.uniform(n, 1) < p if p < 1 else 1.0
+    return [(shift, *(moved * rng.uniform(n, 2, low=-reach, high=reach + 1).floor()).unbind(1))]
 
 
 def gaussian_blur(x, sigma, kernel_size):
     """Blurs each image with its own sigma (N,) in pixels; kernel_size odd, borders mirrored."""
     half = kernel_size // 2
-    tap = torch.arange(-half, half + 1)
+    tap = torch.arange(-half, half + 1, device=x.device)
     kernel = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).to(x.device, x.dtype, non_blocking=True)     # (N, K)
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)                         # (N, K)
 
     def matrix(size):                                                         # (N, size, size), mirrored taps folded in
-        taps = F.pad(torch.eye(size)[None], (half, half), mode="reflect")[0]  # (size, size + 2 half), a column a source
-        taps = taps.unfold(1, kernel_size, 1).permute(2, 1, 0)                # (K, to, from)
-        return torch.einsum("nk,kij->nij", kernel, taps.to(x.device, x.dtype))
+        taps = F.pad(torch.eye(size, device=x.device)[None], (half, half), mode="reflect")[0].unfold(1, kernel_size, 1)
+        return torch.einsum("nk,kij->nij", kernel, taps.permute(2, 1, 0))     # (K, to, from)
     return resample(x, matrix(x.shape[2]), matrix(x.shape[3]))
 
 
-def random_gaussian_blur(x, rng, kernel_size, p):
+def random_gaussian_blur(rng, n, kernel_size, p):
     """Blurs a share p of the images by a sigma within 0.1 and 2.0 pixels."""
     blur = functools.partial(gaussian_blur, kernel_size=kernel_size)
-    return apply_where(rng.uniform(len(x)) < p, blur, x, rng.uniform(len(x), low=0.1, high=2.0))
+    return where(rng.uniform(n) < p, blur, rng.uniform(n, low=0.1, high=2.0))
 
 
 # ---- colour
@@ -174,21 +179,21 @@ def grayscale(x):
     return luma(x).expand_as(x)
 
 
-def random_grayscale(x, rng, p):
+def random_grayscale(rng, n, p):
     """Makes a share p of the images grey."""
-    return apply_where(rng.uniform(len(x)) < p, grayscale, x)
+    return where(rng.uniform(n) < p, grayscale)
 
 
 def adjust_brightness(x, factor):
-    return (per_image(factor, x) * x).clamp_(0, 1)
+    return (factor[:, None, None, None] * x).clamp_(0, 1)
 
 
 def adjust_contrast(x, factor):
-    return torch.lerp(luma(x).mean(dim=(2, 3), keepdim=True), x, per_image(factor, x)).clamp_(0, 1)
+    return torch.lerp(luma(x).mean(dim=(2, 3), keepdim=True), x, factor[:, None, None, None]).clamp_(0, 1)
 
 
 def adjust_saturation(x, factor):
-    return torch.lerp(luma(x), x, per_image(factor, x)).clamp_(0, 1)
+    return torch.lerp(luma(x), x, factor[:, None, None, None]).clamp_(0, 1)
 
 
 def adjust_hue(x, turns):
@@ -200,38 +205,31 @@ def adjust_hue(x, turns):
     hue = torch.where(value == r, g - b, torch.where(value == g, b - r, r - g))
     hue.div_(chroma.clamp(min=1e-9))                                          # a grey pixel has hue and chroma 0
     hue.add_(torch.where(value == r, 0.0, torch.where(value == g, 2.0, 4.0)))
-    hue.add_(per_image(6 * turns, x)[:, 0]).remainder_(6)                     # in sixths of the circle
+    hue.add_(6 * turns[:, None, None]).remainder_(6)                          # in sixths of the circle
     share = torch.stack([(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], dim=1).clamp_(0, 1)
     return share.mul_(chroma[:, None]).add_(least[:, None])
 
 
-ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-
-
-def color_jitter(x, factors, order):
-    """The four adjustments, in each image's own order.
+def color_jitter(factors, order, mask):
+    """The steps of the four adjustments, in each image's own order, of the images where mask (N,) is true.
 
     factors: (N, 4) brightness, contrast, saturation (factors around 1) and hue (turns). order: (N, 4), each row a
     permutation of 0..3, the adjustments in the order of application.
     """
-    x = x.clone()
-    for turn in range(4):
-        for which, adjust in enumerate(ADJUST):
-            apply_where(order[:, turn] == which, adjust, x, factors[:, which], inplace=True)
-    return x
+    adjustments = enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue))
+    return [step for turn, (which, adjust) in itertools.product(range(4), adjustments)
+            for step in where(mask & (order[:, turn] == which), adjust, factors[:, which])]
 
 
 def jitter_parameters(rng, n, brightness, contrast, saturation, hue):
     """Factors uniform in [max(0, 1 - a), 1 + a], hue in [-hue, hue], as torchvision's ColorJitter: (n, 4), (n, 4)."""
-    strength = torch.tensor([brightness, contrast, saturation, hue])
-    centre = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    strength, centre = torch.tensor([brightness, contrast, saturation, hue]), torch.tensor([1.0, 1.0, 1.0, 0.0])
     low, high = centre - strength, centre + strength
     low[:3].clamp_(min=0)
     factors = low + (high - low) * rng.uniform(n, 4)
     return factors, rng.uniform(n, 4).argsort(dim=1)
 
 
-def random_color_jitter(x, rng, brightness, contrast, saturation, hue, p):
+def random_color_jitter(rng, n, brightness, contrast, saturation, hue, p):
     """Jitters the colours of a share p of the images, by factors of these strengths (`jitter_parameters`)."""
-    factors, order = jitter_parameters(rng, len(x), brightness, contrast, saturation, hue)
-    return apply_where(rng.uniform(len(x)) < p, color_jitter, x, factors, order)
+    return color_jitter(*jitter_parameters(rng, n, brightness, contrast, saturation, hue), rng.uniform(n) < p)

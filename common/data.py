@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
-from . import Refusal, distributed, shapes
+from . import Refusal, augment, distributed, shapes
 
 ORIENTATION = 0x0112  # of EXIF
 NAMES = ("shapes", "patterns", "cifar10", "cifar100", "svhn", "stl10", "fashionmnist", "folder")
@@ -67,10 +67,10 @@ class Images:
         """Yields uint8 (B, 3, S, S) on the device for each (B,) of the index tensors."""
         if self.pixels is not None:
             for index in index_batches:
-                yield self.pixels[index.to(self.device, non_blocking=True)]
+                yield self.pixels[augment.send(index, self.device)]
         else:
             for batch in self.stream(index_batches):
-                yield batch.to(self.device, non_blocking=True)
+                yield augment.send(batch, self.device)
 
     def at(self, index):
         """uint8 (B, 3, S, S) on the CPU for a (B,) tensor of indices."""

@@ -94,8 +94,8 @@ def test_resized_crop_of_the_same_size_is_the_image():
 def test_horizontal_flip(height, width):
     """Images in the mask are mirrored left to right, the others are as they were."""
     mask = torch.arange(N) % 3 == 0
-    check(augment.horizontal_flip, lambda image, flip: TF.hflip(image) if flip else image,
-          pictures(N, height, width), mask, atol=0)
+    mirrored = lambda x, mask: augment.apply(x, augment.where(mask, lambda part: part.flip(3)))
+    check(mirrored, lambda image, flip: TF.hflip(image) if flip else image, pictures(N, height, width), mask, atol=0)
 
 
 @pytest.mark.parametrize("height, width", SIZES)
@@ -161,7 +161,9 @@ def test_color_jitter(height, width):
         for which in order:
             image = operations[which](image, factors[which])
         return image
-    check(augment.color_jitter, theirs, pictures(n, height, width), factors, order, atol=1e-5)
+    def ours(x, factors, order):
+        return augment.apply(x, augment.color_jitter(factors, order, torch.ones(n, dtype=torch.bool)))
+    check(ours, theirs, pictures(n, height, width), factors, order, atol=1e-5)
 
 
 # ---- random parameters
@@ -269,14 +271,12 @@ def test_random_state_round_trip():
 
 def recipe(rng, n, x):
     """Views by every operation with drawn parameters, as a script would."""
-    x = augment.resized_crop(x, *augment.crop_boxes(rng, n, *x.shape[2:]), 24)
-    x = augment.horizontal_flip(x, rng.uniform(n) < 0.5)
-    x = augment.shift(x, *(rng.uniform(n, 2, low=-4, high=5).floor().unbind(1)))
-    factors, order = augment.jitter_parameters(rng, n, 0.8, 0.8, 0.8, 0.2)
-    x = augment.apply_where(rng.uniform(n) < 0.8, augment.color_jitter, x, factors, order)
-    x = augment.apply_where(rng.uniform(n) < 0.2, augment.grayscale, x)
-    return augment.apply_where(rng.uniform(n) < 0.5, lambda x, sigma: augment.gaussian_blur(x, sigma, 5), x,
-                               rng.uniform(n, low=0.1, high=2.0))
+    steps = augment.random_resized_crop(rng, x.shape, 24, (0.08, 1.0))
+    steps += augment.random_horizontal_flip(rng, n)
+    steps += augment.random_shift(rng, n, 4)
+    steps += augment.random_color_jitter(rng, n, 0.8, 0.8, 0.8, 0.2, p=0.8)
+    steps += augment.random_grayscale(rng, n, p=0.2)
+    return augment.apply(x, steps + augment.random_gaussian_blur(rng, n, 5, p=0.5))
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -292,36 +292,38 @@ def test_ranks_together_draw_what_one_process_draws(world):
         assert torch.equal(rng.state_dict()["generator"], one.state_dict()["generator"])
 
 
-# ---- apply_where
+# ---- apply, where
 
 
-def test_apply_where():
+def test_where():
     """Masked images get the operation with their own parameters; the others and the input stay bitwise the same."""
     x, factor = pictures(N, 9, 7), spread(0.1, 0.9)
     mask, before = torch.arange(N) % 3 != 1, x.clone()
-    result = augment.apply_where(mask, augment.adjust_brightness, x, factor)
+    result = augment.apply(x, augment.where(mask, augment.adjust_brightness, factor))
     assert torch.equal(x, before)
     assert torch.equal(result[~mask], x[~mask])
     assert torch.equal(result[mask], augment.adjust_brightness(x, factor)[mask])
     assert not torch.equal(result[mask], x[mask])
 
 
-def test_apply_where_spends_nothing_on_the_others():
+def test_where_spends_nothing_on_the_others():
     """The operation sees just the masked images, and is not called for none."""
     seen = []
     x = pictures(N, 9, 7)
-    augment.apply_where(torch.arange(N) < 4, lambda part: seen.append(part) or part, x)
-    result = augment.apply_where(torch.zeros(N, dtype=torch.bool), lambda part: seen.append(part) or part, x)
+    augment.apply(x, augment.where(torch.arange(N) < 4, lambda part: seen.append(part) or part))
+    result = augment.apply(x, augment.where(torch.zeros(N, dtype=torch.bool), lambda part: seen.append(part) or part))
     assert len(seen) == 1 and torch.equal(seen[0], x[:4])
     assert torch.equal(result, x) and result.data_ptr() != x.data_ptr()
 
 
-def test_apply_where_in_place():
-    """inplace writes into x itself and returns it."""
-    x = pictures(N, 9, 7)
-    expected = augment.apply_where(torch.arange(N) < 4, augment.grayscale, x)
-    result = augment.apply_where(torch.arange(N) < 4, augment.grayscale, x, inplace=True)
-    assert result is x and torch.equal(x, expected)
+def test_apply_gives_each_step_its_own_parameters():
+    """In order and of any shape, whole numbers exactly; bytes come out as shares of 255."""
+    x, seen = torch.randint(0, 256, (N, 3, 4, 4), dtype=torch.uint8), []
+    parameters = torch.rand(N), torch.arange(2**24 - N, 2**24), torch.rand(2, 3, 1)
+    result = augment.apply(x, [(lambda x, a, b: seen.extend([a, b]) or 2 * x, *parameters[:2]), (lambda x: x + 1,),
+                               (lambda x, a: seen.append(a) or x, parameters[2])])
+    assert torch.equal(result, 2 * (x / 255) + 1)
+    assert all(torch.equal(ours.to(true.dtype), true) for ours, true in zip(seen, parameters, strict=True))
 
 
 # ---- device
@@ -335,12 +337,12 @@ def test_cuda_agrees_with_cpu():
     try:
         torch.set_float32_matmul_precision("highest")                         # else TF32 may round resampling to 1e-3
         for name, *parameters in (
-                ("resized_crop", *random_boxes(40, 33), 24), ("horizontal_flip", torch.arange(N) % 2 == 0),
+                ("resized_crop", *random_boxes(40, 33), 24),
                 ("shift", spread(-9, 9).round(), spread(-5, 5, seed=2).round()), ("grayscale",),
                 ("gaussian_blur", spread(0.1, 3.0), 7), ("adjust_brightness", spread(0, 2)),
                 ("adjust_contrast", spread(0, 2)), ("adjust_saturation", spread(0, 2)),
                 ("adjust_hue", spread(-0.5, 0.5))):
-            result = getattr(augment, name)(on_gpu, *parameters)
+            result = getattr(augment, name)(on_gpu, *(p.cuda() if torch.is_tensor(p) else p for p in parameters))
             assert result.is_cuda, name
             torch.testing.assert_close(result.cpu(), getattr(augment, name)(x, *parameters), rtol=0, atol=1e-5)
         views = recipe(augment.Random(7), N, on_gpu)
@@ -369,7 +371,7 @@ def test_crops_of_a_squashed_photograph_are_torchvisions_of_the_original(width, 
     stored = TF.resize(TF.to_pil_image(original), [448, 448])
     stored = TF.pil_to_tensor(stored)[None].expand(12, -1, -1, -1).float() / 255
     aspect = torch.full((12,), width / height)
-    ours = augment.random_resized_crop(stored, augment.Random(3), 224, (0.08, 1.0), aspect)
+    ours = augment.apply(stored, augment.random_resized_crop(augment.Random(3), stored.shape, 224, (0.08, 1.0), aspect))
     tall, wide = (round(448 / min(1, width / height)), round(448 * max(1, width / height)))
     boxes = augment.crop_boxes(augment.Random(3), 12, tall, wide, (0.08, 1.0))
     gaps = []
@@ -383,7 +385,7 @@ def test_crops_of_a_squashed_photograph_are_torchvisions_of_the_original(width, 
 
 def test_squares_are_cropped_as_before():
     x = torch.rand(16, 3, 20, 20)
-    ours, before = (augment.random_resized_crop(x, augment.Random(0), 16, (0.1, 1.0), aspect)
+    ours, before = (augment.apply(x, augment.random_resized_crop(augment.Random(0), x.shape, 16, (0.1, 1.0), aspect))
                     for aspect in (torch.ones(16), None))
     assert torch.equal(ours, before)
 
@@ -392,12 +394,13 @@ def test_squares_are_cropped_as_before():
 def test_every_pixel_of_the_photograph_can_be_seen_and_proportions_are_kept(aspect):
     """By gradient, over many views; and a box is as wide as high in the photograph, on average."""
     x = torch.zeros(2000, 1, 24, 24, requires_grad=True)
-    views = augment.random_resized_crop(x, augment.Random(0), 8, (0.08, 1.0), torch.full((2000,), aspect))
+    aspects = torch.full((2000,), aspect)
+    views = augment.apply(x, augment.random_resized_crop(augment.Random(0), x.shape, 8, (0.08, 1.0), aspects))
     seen = torch.autograd.grad(views.sum(), x)[0].abs().sum(dim=(0, 1)) > 0
     assert seen.float().mean() == 1
     ramps = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij"))[None] / 64
-    views = augment.random_resized_crop(ramps.expand(2000, -1, -1, -1), augment.Random(1), 8, (0.05, 0.1),
-                                        torch.full((2000,), aspect))
+    ramps = ramps.expand(2000, -1, -1, -1)
+    views = augment.apply(ramps, augment.random_resized_crop(augment.Random(1), ramps.shape, 8, (0.05, 0.1), aspects))
     tall = (views[:, 0, -1] - views[:, 0, 0]).mean(1)
     wide = (views[:, 1, :, -1] - views[:, 1, :, 0]).mean(1)
     assert (aspect * wide / tall).log().mean().abs() < 0.05

@@ -138,7 +138,7 @@ def test_views_are_the_papers_in_range_and_differ():
 
 def random_views(name, n=64, size=12):
     x = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return x, getattr(simclr, name)(x, augment.Random(0))
+    return x, augment.apply(x, getattr(simclr, name)(augment.Random(0), n, size))
 
 
 def test_cutout_greys_one_square():
@@ -158,7 +158,7 @@ def test_rotation_is_torchvisions():
 
 def test_noise_has_its_deviation():
     x = torch.full((64, 3, 12, 12), 0.5)
-    y = simclr.noise(x, augment.Random(0)) - x
+    y = augment.apply(x, simclr.noise(augment.Random(0), 64, 12)) - x
     assert y.mean().abs() < 0.005 and y.std().item() == pytest.approx(0.1, rel=0.02)
 
 
@@ -166,9 +166,9 @@ def test_sobel_by_hand():
     """Of a ramp the slope times two (per pixel), of a flat image nothing, inside the borders."""
     ramp = (0.05 * torch.arange(10.0)).expand(1, 3, 10, 10)
     for x in (ramp, ramp.mT):
-        edges = simclr.sobel(x, None)
+        edges = augment.apply(x, simclr.sobel(None, 1, 10))
         assert torch.allclose(edges[:, :, 1:-1, 1:-1], torch.tensor(0.1), atol=1e-4)
-    assert simclr.sobel(torch.full((1, 3, 6, 6), 0.3), None).abs().max() < 1e-6
+    assert augment.apply(torch.full((1, 3, 6, 6), 0.3), simclr.sobel(None, 1, 6)).abs().max() < 1e-6
 
 
 def test_names_choose_the_operations():

@@ -57,11 +57,11 @@ def finetune(module, images, index, test, frozen_stages, amp=None, steps=500, ba
         part.eval()
     order = [index[torch.randint(len(index), (batch_size,), generator=rng.generator)] for _ in range(steps)]
     for batch, x in zip(order, images.batches(order)):
-        x = augment.random_horizontal_flip(x.float() / 255, rng)
-        x = augment.random_shift(x, rng, reach=x.shape[-1] // 8)
+        flip = augment.random_horizontal_flip(rng, len(x))
+        x = augment.apply(x, flip + augment.random_shift(rng, len(x), reach=x.shape[-1] // 8))
         with autocast:
             logits = head(module(x))
-        loss = F.cross_entropy(logits.float(), images.labels[batch.to(device)])
+        loss = F.cross_entropy(logits.float(), images.labels[augment.send(batch, device)])
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
