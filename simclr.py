@@ -80,8 +80,8 @@ def rotation(rng, n, size):
 
 def noise(rng, n, size, deviation=0.1):
     """Adds Gaussian noise."""
-    return [(lambda x, u: (x + deviation * torch.special.ndtri(u)).clamp(0, 1),
-             rng.uniform(n, 3, size, size).clamp(1e-6, 1 - 1e-6))]
+    z = torch.special.ndtri(rng.uniform(n, 3, size, size).clamp(1e-6, 1 - 1e-6))              # which MPS has not
+    return [(lambda x, z: (x + deviation * z).clamp(0, 1), z)]
 
 
 def sobel(rng, n, size):

@@ -1,0 +1,164 @@
+"""Devices that are not here, by tests/simulated_device.py, and half precision with its gradient scaler on the CPU."""
+import contextlib
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cmc
+import cpc
+import dim
+import gcrl
+import moco
+import simclr
+from common import augment, data, linear_probe
+from common.evaluation import __main__ as evaluation
+from common.evaluation import out_of_distribution
+from common.progress import Progress
+from simulated_device import Device, device_of
+
+ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
+KINDS = {"bf16": ("cuda", (8, 0)), "fp16": ("cuda", (7, 5)), "mps": ("mps", (0, 0))}
+VARIANTS = [
+    (simclr, "--blur 0.5"), (simclr, "--loss logistic --semi-hard"), (simclr, "--loss supervised --cache-gb 0"),
+    (simclr, "--loss margin --augmentations crop cutout rotation noise sobel --one-branch --optimizer lars"),
+    (moco, "--blur 0.5 --head mlp"), (moco, "--dictionary memory-bank --contrast nce"),
+    (moco, "--dictionary end-to-end --symmetric"),
+    (cmc, "--jitter 0.5"), (cmc, "--contrast nce --views ycbcr"), (cmc, "--dictionary end-to-end --views rgb"),
+    (cpc, ""), (cpc, "--augmentation v1 --norm batch --directions 1"),
+    (dim, ""), (dim, "--objective both --critic concat --estimator dv --views 2"),
+    (dim, "--estimator infonce --views 2"),
+    (dim, "--objective multiscale --image-size 32 --width 2 --units 8 --depth 1"),
+    (gcrl, "--micro-batch 4"), (gcrl, "--alpha 0"), (gcrl, "--beta 0")]
+names = lambda value: getattr(value, "__name__", value)
+
+
+@pytest.fixture(autouse=True)
+def short_fits(monkeypatch):
+    """A probe asks for values in each of its steps, which takes long where each operation is looked at."""
+    lbfgs = torch.optim.LBFGS
+    monkeypatch.setattr(torch.optim, "LBFGS", lambda weights, **more: lbfgs(weights, **more | {"max_iter": 2}))
+
+
+# ---- the simulator
+
+
+@pytest.fixture
+def device():
+    with Device("cuda") as device:
+        yield device
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda x, y: x + y, lambda x, y: y.add_(x.sum()), lambda x, y: torch.cat([x, y]), lambda x, y: x @ y.T,
+    lambda x, y: torch.where(x > 0, x, y), lambda x, y: y[x.long()], lambda x, y: F.embedding(y.long(), x),
+    lambda x, y: x.index_copy_(0, torch.arange(2), x[:2]), lambda x, y: F.linear(x, y),
+    lambda x, y: x.index_select(0, torch.tensor([0])), lambda x, y: F.mse_loss(x, y),
+    lambda x, y: torch.stack([x.sum(), y.sum()]), lambda x, y: torch.rand(2, device="cuda", generator=torch.Generator()),
+    lambda x, y: torch.rand(2, generator=torch.Generator("cuda")), lambda x, y: x.softmax(1).multinomial(
+        1, generator=torch.Generator()), lambda x, y: x + torch.zeros(3, 2), lambda x, y: x.sub_(torch.arange(2.0)),
+    lambda x, y: torch.nn.Linear(2, 2)(x), lambda x, y: F.cross_entropy(x, torch.tensor([0, 1, 0]))])
+def test_two_devices_raise(device, wrong):
+    x, y = torch.ones(3, 2, device="cuda"), torch.ones(3, 2)
+    with pytest.raises(RuntimeError, match="device"):
+        wrong(x, y)
+
+
+def test_numpy_of_a_device_raises(device):
+    with pytest.raises(TypeError, match="numpy"):
+        torch.ones(3, device="cuda").numpy()
+    assert torch.ones(3, device="cuda").cpu().numpy().sum() == 3
+
+
+def test_what_is_right_passes(device):
+    """Results are the CPU's and are on the device: also in the backward pass, in optimisers, in copies of modules."""
+    x = torch.arange(6.0).view(3, 2).to("cuda")
+    for y in (x + torch.tensor(2.0), torch.where(x > 0, x, 0.0), x[torch.tensor([0, 1])], x * 2, x.new_zeros(2),
+              torch.zeros_like(x), x.to(torch.float16), x.masked_fill(x > 2, torch.tensor(1.0)), x.clone()[1:],
+              torch.rand(2, device="cuda", generator=torch.Generator("cuda")), F.one_hot(x.long(), 6)):
+        assert device_of(y) == y.device == torch.device("cuda", 0) and y.is_cuda
+    x[0] = 5.0
+    x[torch.arange(2)] = torch.tensor(3.0)
+    assert x.cpu().tolist() == [[3, 3], [3, 3], [4, 5]] and x.cpu().device == CPU
+    net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4)).to("cuda")
+    optimizer = torch.optim.Adam(net.parameters(), 0.1)
+    net(x).square().sum().backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer.step()
+    values = [*net.parameters(), *net.buffers(), *(p.grad for p in net.parameters())]
+    values += [optimizer.state[p]["exp_avg"] for p in net.parameters()]
+    assert all(v.device.type == "cuda" for v in values) and optimizer.state[net[0].weight]["step"].device == CPU
+
+
+@pytest.mark.parametrize("line, waits", [
+    (lambda x: x.sum().item(), 1), (lambda x: float(x[0, 0]), 1), (lambda x: bool((x > 0).all()), 1), (lambda x: x.cpu(), 1),
+    (lambda x: x[x > 0], 1), (lambda x: x.nonzero(), 1), (lambda x: x.tolist(), 1), (lambda x: x.new_tensor([1.0]), 1),
+    (lambda x: torch.tensor([1.0], device="cuda"), 1), (lambda x: torch.ones(3).to("cuda", non_blocking=True), 1),
+    (lambda x: torch.ones(3).pin_memory().to("cuda"), 1), (lambda x: x[torch.arange(2)], 1), (lambda x: x.unique(), 1),
+    (lambda x: x.masked_select(x > 0), 1), (lambda x: x.__setitem__(x > 0, 0.0), 1),
+    (lambda x: torch.as_tensor([1, 2], device="cuda"), 1), (lambda x: x.copy_(torch.ones(3, 2)), 1),
+    (lambda x: torch.ones(3).pin_memory().to("cuda", non_blocking=True), 0), (lambda x: torch.ones(3, device="cuda"), 0),
+    (lambda x: torch.where(x > 0, x, 0.0).sum() / (x > 0).sum(), 0), (lambda x: x[torch.arange(2, device="cuda")], 0),
+    (lambda x: torch.arange(3, device=x.device) + x.mean(), 0), (lambda x: x.to("cuda"), 0), (lambda x: len(x), 0)])
+def test_waits_are_counted(device, line, waits):
+    x = torch.ones(3, 2, device="cuda")
+    line(x)
+    assert [kind for kind, *_ in device.events].count("wait") == waits
+
+
+def test_copies_are_counted(device):
+    for _ in range(3):
+        augment.send(torch.ones(4), torch.device("cuda"))
+    assert [kind for kind, *_ in device.events] == 3 * ["copy"]
+
+
+@pytest.mark.parametrize("wrong, error", [
+    (lambda x: x.double(), TypeError), (lambda x: torch.ones(3, dtype=torch.float64).to("mps"), TypeError),
+    (lambda x: torch.linalg.eigh(x), NotImplementedError), (lambda x: torch.special.ndtri(x), NotImplementedError),
+    (lambda x: torch.zeros(2, dtype=torch.float64, device="mps"), TypeError),
+    (lambda x: torch.ones(3).to("mps", non_blocking=True), AssertionError), (lambda x: x + torch.ones(2, 2), RuntimeError)])
+def test_mps_lacks(wrong, error):
+    with Device("mps"):
+        x = torch.eye(2, device="mps")
+        assert (x @ x + x.cumsum(0)).cpu().double().sum() == 5
+        with pytest.raises(error):
+            wrong(x)
+
+
+# ---- training
+
+
+@contextlib.contextmanager
+def simulated(kind, monkeypatch):
+    """A device of KINDS, in which the lines of progress, which are a minute apart, count for nothing."""
+    with Device(*KINDS[kind]) as device, monkeypatch.context() as patch:
+        read = Progress.read
+
+        def uncounted(self):
+            with device.uncounted():
+                read(self)
+        patch.setattr(Progress, "read", uncounted)
+        yield device
+
+
+@pytest.mark.parametrize("script, flags", VARIANTS, ids=names)
+def test_a_step_does_not_make_a_gpu_wait(script, flags, tiny, here, monkeypatch):
+    """At most 4 copies from host to device, all of pinned memory, and no wait; the loss is finite, in bf16."""
+    marks, update = [], Progress.update
+    with simulated("bf16", monkeypatch) as device:
+        monkeypatch.setattr(Progress, "update", lambda *args, **more: (update(*args, **more),
+                                                                       marks.append(len(device.events))))
+        monkeypatch.setattr(script.Run, "finish", lambda *args, **more: {})
+        script.main(tiny(script, "--batch-size", 12, "--epochs", 1, "--device", "cuda", "--amp", "auto", *flags.split()))
+    assert len(marks) == 3
+    for first, last in zip(marks, marks[1:]):
+        events = device.events[first:last]
+        assert not [event for event in events if event[0] == "wait"]
+        assert 1 <= len(events) <= 4
