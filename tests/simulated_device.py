@@ -25,7 +25,6 @@ import torch.utils.checkpoint
 import torchgen
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROOT, CPU, Tensor = Path(__file__).resolve().parent.parent, torch.device("cpu"), torch.Tensor
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "bincount",
@@ -45,7 +44,16 @@ def place(x, device):
 
 
 def tensors(*values):
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    """The tensors among nested lists and dicts."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors(*value)
+        elif isinstance(value, dict):
+            found += tensors(*value.values())
+    return found
 
 
 def device_in(values):
@@ -111,7 +119,8 @@ class Device:
                     (device_in(value[0]), dtype): value for (_, dtype), value in group(*args).items()})):
             self.stack.enter_context(unittest.mock.patch.object(target, name, value))
         for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):            # by age
-            self.stack.enter_context(unittest.mock.patch.object(torch.optim.Optimizer, name, lambda _: None, create=True))
+            self.stack.enter_context(
+                unittest.mock.patch.object(torch.optim.Optimizer, name, lambda _: None, create=True))
         self.stack.enter_context(unittest.mock.patch.dict(                    # it would see the true device
             torch.utils.checkpoint._allowed_determinism_checks_to_fns, default=lambda _: None))
         self.stack.enter_context(Operations(self))
@@ -164,9 +173,10 @@ class Functions(TorchFunctionMode):
         sim, kwargs, name = self.sim, dict(kwargs or {}), getattr(func, "__name__", "")
         x = args[0] if args and isinstance(args[0], Tensor) else None
         owner = getattr(getattr(func, "__self__", None), "__name__", "")
-        if name == "__get__" and owner in ("device", "is_cuda", "is_cpu", "is_mps"):
-            device = device_of(x)
-            return device if owner == "device" else device.type == owner[3:]
+        if name in ("__get__", "__set__"):
+            if owner in ("device", "is_cuda", "is_cpu", "is_mps"):
+                return device_of(x) if owner == "device" else device_of(x).type == owner[3:]
+            return func(*args, **kwargs)
         if name == "__deepcopy__":
             return place(func(*args, **kwargs), device_of(x))
         if name == "pin_memory":
@@ -186,7 +196,7 @@ class Functions(TorchFunctionMode):
         if device is not None:
             device = kwargs["device"] = sim.named(device)
             kwargs["device"] = device if device.type == "meta" else CPU
-        elif name not in ("tensor", "as_tensor", "__get__"):
+        elif name not in ("tensor", "as_tensor"):
             device = device_in((args, kwargs))
         self.check_generator(kwargs.get("generator"), device)
         if name in ("tensor", "as_tensor", "new_tensor"):
@@ -227,7 +237,7 @@ class Functions(TorchFunctionMode):
         if target == device_of(x):
             return x.to(dtype=dtype, copy=copy, memory_format=form)
         if dtype == torch.float64 and target.type == "mps":
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
         self.sim.copied(x, target, non_blocking, name)
         return place(x.to(dtype=dtype, copy=True, memory_format=form), target)
 
@@ -255,7 +265,7 @@ class Operations(TorchDispatchMode):
             if name in WAITS or mask or name == "repeat_interleave" and kwargs.get("output_size") is None:
                 sim.note("wait", "a boolean mask" if mask else name)
             if target.type == "mps" and f"{name}.{func._overloadname}".removesuffix(".default") in lacked_by_mps():
-                raise NotImplementedError(f"The operator 'aten::{name}' is not currently implemented for the MPS device.")
+                raise NotImplementedError(f"The operator 'aten::{name}' is not implemented for the MPS device")
         result = func(*args, **kwargs)
         if target != CPU and name not in ("copy_", "_local_scalar_dense"):
             for x in tensors(result):
@@ -274,7 +284,7 @@ class Operations(TorchDispatchMode):
         def allowed(x):
             if device_of(x) != CPU:
                 return True
-            if name in INDEXING and device_of(args[0]) != CPU and any(x is i for i in tree_leaves(args[1])):
+            if name in INDEXING and device_of(args[0]) != CPU and any(x is i for i in tensors(args[1])):
                 self.sim.copied(x, target, False, "an index")                 # torch copies it, and waits
                 return True
             written = name.endswith("_") and x is args[0]

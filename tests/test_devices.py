@@ -1,6 +1,5 @@
 """Devices that are not here, by tests/simulated_device.py, and half precision with its gradient scaler on the CPU."""
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -18,13 +17,13 @@ import dim
 import gcrl
 import moco
 import simclr
-from common import augment, data, linear_probe
+from common import augment
 from common.evaluation import __main__ as evaluation
-from common.evaluation import out_of_distribution
 from common.progress import Progress
 from simulated_device import Device, device_of
 
-ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
+ROOT, CPU, CPU_GENERATOR = Path(__file__).parent.parent, torch.device("cpu"), torch.Generator()
+SHORT = "--batch-size 20 --epochs 1 --amp auto".split()
 KINDS = {"bf16": ("cuda", (8, 0)), "fp16": ("cuda", (7, 5)), "mps": ("mps", (0, 0))}
 VARIANTS = [
     (simclr, "--blur 0.5"), (simclr, "--loss logistic --semi-hard"), (simclr, "--loss supervised --cache-gb 0"),
@@ -37,6 +36,10 @@ VARIANTS = [
     (dim, "--estimator infonce --views 2"),
     (dim, "--objective multiscale --image-size 32 --width 2 --units 8 --depth 1"),
     (gcrl, "--micro-batch 4"), (gcrl, "--alpha 0"), (gcrl, "--beta 0")]
+# Each script on one kind of device, in turn; SWEEP=1 in the environment: each variant on each.
+RUNS = [(kind, *variant) for kind in KINDS for variant in VARIANTS] if os.environ.get("SWEEP") else [
+    ("bf16", simclr, "--blur 0.5"), ("bf16", gcrl, "--micro-batch 4"), ("fp16", moco, "--dictionary memory-bank"),
+    ("fp16", dim, "--views 2"), ("mps", cmc, "--jitter 0.5"), ("mps", cpc, ""), ("mps", gcrl, "")]
 names = lambda value: getattr(value, "__name__", value)
 
 
@@ -61,9 +64,10 @@ def device():
     lambda x, y: torch.where(x > 0, x, y), lambda x, y: y[x.long()], lambda x, y: F.embedding(y.long(), x),
     lambda x, y: x.index_copy_(0, torch.arange(2), x[:2]), lambda x, y: F.linear(x, y),
     lambda x, y: x.index_select(0, torch.tensor([0])), lambda x, y: F.mse_loss(x, y),
-    lambda x, y: torch.stack([x.sum(), y.sum()]), lambda x, y: torch.rand(2, device="cuda", generator=torch.Generator()),
-    lambda x, y: torch.rand(2, generator=torch.Generator("cuda")), lambda x, y: x.softmax(1).multinomial(
-        1, generator=torch.Generator()), lambda x, y: x + torch.zeros(3, 2), lambda x, y: x.sub_(torch.arange(2.0)),
+    lambda x, y: torch.stack([x.sum(), y.sum()]), lambda x, y: torch.rand(2, device="cuda", generator=CPU_GENERATOR),
+    lambda x, y: torch.rand(2, generator=torch.Generator("cuda")),
+    lambda x, y: x.softmax(1).multinomial(1, generator=CPU_GENERATOR), lambda x, y: x + torch.zeros(3, 2),
+    lambda x, y: x.sub_(torch.arange(2.0)),
     lambda x, y: torch.nn.Linear(2, 2)(x), lambda x, y: F.cross_entropy(x, torch.tensor([0, 1, 0]))])
 def test_two_devices_raise(device, wrong):
     x, y = torch.ones(3, 2, device="cuda"), torch.ones(3, 2)
@@ -98,13 +102,15 @@ def test_what_is_right_passes(device):
 
 
 @pytest.mark.parametrize("line, waits", [
-    (lambda x: x.sum().item(), 1), (lambda x: float(x[0, 0]), 1), (lambda x: bool((x > 0).all()), 1), (lambda x: x.cpu(), 1),
-    (lambda x: x[x > 0], 1), (lambda x: x.nonzero(), 1), (lambda x: x.tolist(), 1), (lambda x: x.new_tensor([1.0]), 1),
+    (lambda x: x.sum().item(), 1), (lambda x: float(x[0, 0]), 1), (lambda x: bool((x > 0).all()), 1),
+    (lambda x: x.cpu(), 1), (lambda x: x[x > 0], 1), (lambda x: x.nonzero(), 1), (lambda x: x.tolist(), 1),
+    (lambda x: x.new_tensor([1.0]), 1),
     (lambda x: torch.tensor([1.0], device="cuda"), 1), (lambda x: torch.ones(3).to("cuda", non_blocking=True), 1),
     (lambda x: torch.ones(3).pin_memory().to("cuda"), 1), (lambda x: x[torch.arange(2)], 1), (lambda x: x.unique(), 1),
     (lambda x: x.masked_select(x > 0), 1), (lambda x: x.__setitem__(x > 0, 0.0), 1),
     (lambda x: torch.as_tensor([1, 2], device="cuda"), 1), (lambda x: x.copy_(torch.ones(3, 2)), 1),
-    (lambda x: torch.ones(3).pin_memory().to("cuda", non_blocking=True), 0), (lambda x: torch.ones(3, device="cuda"), 0),
+    (lambda x: torch.ones(3).pin_memory().to("cuda", non_blocking=True), 0),
+    (lambda x: torch.ones(3, device="cuda"), 0),
     (lambda x: torch.where(x > 0, x, 0.0).sum() / (x > 0).sum(), 0), (lambda x: x[torch.arange(2, device="cuda")], 0),
     (lambda x: torch.arange(3, device=x.device) + x.mean(), 0), (lambda x: x.to("cuda"), 0), (lambda x: len(x), 0)])
 def test_waits_are_counted(device, line, waits):
@@ -123,7 +129,8 @@ def test_copies_are_counted(device):
     (lambda x: x.double(), TypeError), (lambda x: torch.ones(3, dtype=torch.float64).to("mps"), TypeError),
     (lambda x: torch.linalg.eigh(x), NotImplementedError), (lambda x: torch.special.ndtri(x), NotImplementedError),
     (lambda x: torch.zeros(2, dtype=torch.float64, device="mps"), TypeError),
-    (lambda x: torch.ones(3).to("mps", non_blocking=True), AssertionError), (lambda x: x + torch.ones(2, 2), RuntimeError)])
+    (lambda x: torch.ones(3).to("mps", non_blocking=True), AssertionError),
+    (lambda x: x + torch.ones(2, 2), RuntimeError)])
 def test_mps_lacks(wrong, error):
     with Device("mps"):
         x = torch.eye(2, device="mps")
@@ -156,9 +163,119 @@ def test_a_step_does_not_make_a_gpu_wait(script, flags, tiny, here, monkeypatch)
         monkeypatch.setattr(Progress, "update", lambda *args, **more: (update(*args, **more),
                                                                        marks.append(len(device.events))))
         monkeypatch.setattr(script.Run, "finish", lambda *args, **more: {})
-        script.main(tiny(script, "--batch-size", 12, "--epochs", 1, "--device", "cuda", "--amp", "auto", *flags.split()))
-    assert len(marks) == 3
+        script.main(tiny(script, *SHORT, "--device", "cuda", *flags.split()))
+    assert len(marks) == 2
     for first, last in zip(marks, marks[1:]):
         events = device.events[first:last]
         assert not [event for event in events if event[0] == "wait"]
         assert 1 <= len(events) <= 4
+
+
+def stopped(script, argv, monkeypatch):
+    """A run that is stopped after its first step."""
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "stop_requested", lambda self: True)
+        with pytest.raises(SystemExit):
+            script.main(argv)
+
+
+@pytest.mark.parametrize("kind, script, flags", RUNS, ids=names)
+def test_runs_from_start_to_end(kind, script, flags, tiny, here, monkeypatch):
+    """Stopped, resumed, evaluated, with pictures."""
+    name, flags = KINDS[kind][0], flags.split()
+    with simulated(kind, monkeypatch):
+        stopped(script, tiny(script, *SHORT, "--device", name, "--out", "run", *flags), monkeypatch)
+        metrics = script.main(["--resume", "run"])
+    assert 0 <= metrics["linear"]["trained"] <= 1
+    assert all(math.isfinite(value) for value in json.loads(Path("run/log.jsonl").read_text()).values())
+    assert bool(torch.load("run/checkpoint.pt", weights_only=True)["scaler"]) == (kind == "fp16")
+
+
+@pytest.mark.parametrize("first, then", [("cpu", "fp16"), ("bf16", "fp16"), ("fp16", "cpu"), ("fp16", "bf16")])
+def test_resume_on_another_device(first, then, tiny, here, monkeypatch):
+    """A gradient scaler that was not needed has no state; one that was is left out where it is not needed."""
+    monkeypatch.setattr(simclr.Run, "finish", lambda *args, **more: {})
+    on = lambda kind: simulated(kind, monkeypatch) if kind != "cpu" else contextlib.nullcontext()
+    with on(first):
+        stopped(simclr, tiny(simclr, *SHORT, "--device", "auto", "--out", "run"), monkeypatch)
+    with on(then):
+        simclr.main(["--resume", "run"])
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    assert state["epoch"] == 1 and bool(state["scaler"]) == (then == "fp16")
+
+
+# ---- what comes after training
+
+
+@pytest.fixture
+def copied(finished, here):
+    """copied(script): a copy of its finished run, to write into."""
+    return lambda script: shutil.copytree(finished(script).folder, here / script.__name__)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "mps"])
+def test_sampling(kind, copied, images, monkeypatch):
+    run, judge, mine = copied(gcrl), copied(cmc), next((images / "test").glob("*/*"))
+    with simulated(kind, monkeypatch):
+        result = gcrl.main(["--sample", run, "--device", KINDS[kind][0], "--samples", 6, "--top-k", 2, "--complete",
+                            mine, "--frechet", judge])
+    assert math.isfinite(result["frechet"]["samples"]) and list(run.glob("completions-*.png"))
+
+
+@pytest.mark.parametrize("kind, script", [("fp16", dim), ("mps", gcrl)], ids=names)
+def test_evaluation(kind, script, copied, images, monkeypatch):
+    run, blocks = copied(script), ["--blocks"] if script is gcrl else []
+    with simulated(kind, monkeypatch):
+        result = evaluation.main([run, "--device", KINDS[kind][0], "--labels", 0.5, "--draws", 1, "--finetune",
+                                  "--epochs", 1, "--workers", 0, "--ood", images / "test", *blocks])
+    assert {"linear", "knn", "labels", "finetune", "ood", *(name[2:] for name in blocks)} <= result.keys()
+
+
+def test_readmes_weights_load_without_the_device_that_trained_them():
+    loads = re.findall(r"torch\.load\(.*\)", (ROOT / "README.md").read_text())
+    assert loads and all("map_location" in load for load in loads)
+
+
+# ---- half precision on the CPU
+
+
+def test_fp16_on_the_cpu(script, tiny, here, same, content, monkeypatch):
+    """With the real scaler, of so large a first scale that gradients overflow: that step is skipped, the others are
+    not, and a resumed run goes on with the scale. Views are in float32, those that fill a bank too."""
+    seen, apply, grad_scaler = [], augment.apply, torch.amp.GradScaler
+
+    class Scaler(grad_scaler):
+        def __init__(self, device, enabled):
+            super().__init__(device, init_scale=2.0**40, backoff_factor=2.0**-40, enabled=enabled)
+
+        def step(self, optimizer):
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            before = [p.clone() for p in weights]
+            super().step(optimizer)
+            seen.append((self.get_scale(), any(not torch.equal(a, b) for a, b in zip(before, weights))))
+
+    def checked(x, steps):
+        assert not torch.is_autocast_enabled("cpu")
+        return apply(x, steps)
+    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+    monkeypatch.setattr(augment, "apply", checked)
+    monkeypatch.setattr(script.Run, "finish", lambda *args, **more: {})
+    flags = ["--batch-size", 10, "--epochs", 1, "--amp", "fp16", *(["--jitter", 0.5] if script is cmc else [])]
+    flags += ["--views", 2] if script is dim else []
+    script.main(tiny(script, "--out", "whole", *flags))
+    assert seen == [(2.0**40, False)] + 3 * [(1.0, True)]
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "stop_requested", lambda self: len(seen) == 6)
+        with pytest.raises(SystemExit):
+            script.main(tiny(script, "--out", "run", *flags))
+    script.main(["--resume", "run"])
+    assert seen[4:] == seen[:4] and same(content(here / "run"), content(here / "whole"))
+
+
+def test_banks_of_memory_are_filled_in_float32(tiny, here, monkeypatch):
+    """MoCo's, too."""
+    apply = augment.apply
+    monkeypatch.setattr(augment, "apply", lambda x, steps: apply(x, steps) if not torch.is_autocast_enabled("cpu") else
+                        pytest.fail("a view is made under autocast"))
+    monkeypatch.setattr(moco.Run, "finish", lambda *args, **more: {})
+    moco.main(tiny(moco, "--dictionary", "memory-bank", "--amp", "bf16", "--epochs", 1))

@@ -1,0 +1,83 @@
+"""What share of wrong lines tests/test_devices.py catches: each `.to(device)`, `send(x, device)`, `device=...`, `.cpu()`
+and `torch.Generator(device)` of the project is taken out in turn, in a copy.
+
+    python tests/mutations.py               # all, about an hour
+    python tests/mutations.py cmc.py common/data.py
+"""
+import ast
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "common").glob("**/*.py"))]
+LEGAL = {  # what is left runs on a GPU all the same: (file, line without spaces at its ends)
+}
+
+
+def mutants(source):
+    """Yields (line number, what is taken out, the source without it)."""
+    lines = source.encode().splitlines(keepends=True)
+    at = lambda line, column: sum(map(len, lines[: line - 1])) + column
+
+    def text(node):
+        return source.encode()[at(node.lineno, node.col_offset) : at(node.end_lineno, node.end_col_offset)]
+
+    def without(node, new):
+        start, end = at(node.lineno, node.col_offset), at(node.end_lineno, node.end_col_offset)
+        return (source.encode()[:start] + new + source.encode()[end:]).decode()
+
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        places = [arg for arg in node.args if "device" in ast.unparse(arg)]
+        if name == "cpu" or name == "to" and places:
+            yield node.lineno, f".{name}(...)", without(node, text(node.func.value))
+        elif name == "send":
+            yield node.lineno, "send", without(node, text(node.args[0]))
+        elif text(node.func) == b"torch.Generator" and node.args:
+            yield node.lineno, "Generator", without(node, b"torch.Generator()")
+        for keyword in node.keywords:
+            if keyword.arg == "device" and name != "partial":
+                rest = [text(arg) for arg in (*node.args, *node.keywords) if arg is not keyword]
+                yield node.lineno, "device=", without(node, text(node.func) + b"(" + b", ".join(rest) + b")")
+
+
+def selection(path):
+    """The tests that run the file's lines, for pytest -k."""
+    if path.parent == ROOT:
+        return path.stem + (" or sampling or evaluation" if path.stem == "gcrl" else "")
+    return "sampling or evaluation or start_to_end" if path.parent.name == "evaluation" else "devices"
+
+
+def main(names):
+    caught, missed, legal = 0, [], 0
+    for path in FILES:
+        where = str(path.relative_to(ROOT))
+        if names and where not in names:
+            continue
+        source = path.read_text()
+        for line, what, mutant in mutants(source):
+            told = source.splitlines()[line - 1].strip()
+            if (where, told) in LEGAL:
+                legal += 1
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(folder) / "project"
+                shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs", "data"))
+                (copy / where).write_text(mutant)
+                run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+                                      "tests/test_devices.py", "-k", selection(path)], cwd=copy, capture_output=True)
+            caught += run.returncode == 1
+            if run.returncode == 0:
+                missed.append((where, line, what, told))
+            print("caught" if run.returncode == 1 else "missed" if run.returncode == 0 else run.stdout.decode()[-500:],
+                  f"{where}:{line}", what, told, flush=True)
+    print(f"{caught} of {caught + len(missed)} caught; {legal} more are legal on a GPU; missed:", *missed, sep="\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
