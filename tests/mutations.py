@@ -1,5 +1,5 @@
-"""What share of wrong lines tests/test_devices.py catches: each `.to(device)`, `send(x, device)`, `device=...`, `.cpu()`
-and `torch.Generator(device)` of the project is taken out in turn, in a copy.
+"""What share of wrong lines tests/test_devices.py catches: each `.to(device)`, `send(x, device)`, `device=...`,
+`.cpu()` and `torch.Generator(device)` of the project is taken out in turn, in a copy.
 
     python tests/mutations.py               # all, about an hour
     python tests/mutations.py cmc.py common/data.py

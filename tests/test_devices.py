@@ -16,6 +16,7 @@ import cpc
 import dim
 import gcrl
 import moco
+import mutations
 import simclr
 from common import augment
 from common.evaluation import __main__ as evaluation
@@ -169,6 +170,15 @@ def test_a_step_does_not_make_a_gpu_wait(script, flags, tiny, here, monkeypatch)
         events = device.events[first:last]
         assert not [event for event in events if event[0] == "wait"]
         assert 1 <= len(events) <= 4
+
+
+@pytest.mark.parametrize("line, what, mutant", mutations.mutants((ROOT / "cpc.py").read_text()))
+def test_a_wrong_line_is_caught(line, what, mutant, tiny, here, monkeypatch):
+    """A share of what tests/mutations.py does with all files."""
+    wrong = {"__name__": "wrong", "__file__": str(ROOT / "cpc.py")}
+    exec(compile(mutant, "cpc.py", "exec"), wrong)
+    with simulated("bf16", monkeypatch), pytest.raises(RuntimeError, match="device"):
+        wrong["main"](tiny(cpc, *SHORT, "--device", "cuda"))
 
 
 def stopped(script, argv, monkeypatch):
