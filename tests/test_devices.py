@@ -172,7 +172,7 @@ def test_a_step_does_not_make_a_gpu_wait(script, flags, tiny, here, monkeypatch)
         assert 1 <= len(events) <= 4
 
 
-@pytest.mark.parametrize("line, what, mutant", mutations.mutants((ROOT / "cpc.py").read_text()))
+@pytest.mark.parametrize("line, what, mutant", list(mutations.mutants((ROOT / "cpc.py").read_text())))
 def test_a_wrong_line_is_caught(line, what, mutant, tiny, here, monkeypatch):
     """A share of what tests/mutations.py does with all files."""
     wrong = {"__name__": "wrong", "__file__": str(ROOT / "cpc.py")}
