@@ -98,7 +98,7 @@ def sobel(rng, n, size):
 
 
 def build_encoder(args):
-    """The encoder, untrained: (N, 3, S, S) RGB in [0, 1] to features (N, D). args: the settings of a run."""
+    """The encoder, untrained: RGB (N, 3, S, S) in [0, 1] to features (N, D), D its feature_dim. args: the settings."""
     return getattr(resnet, args.arch)(args.stem, args.width)
 
 

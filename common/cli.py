@@ -65,7 +65,7 @@ class RunParser(Parser):
             help="images a step, over all processes")
         add("--seed", type=in_interval("[0, 4294967295]", int), default=0,
             help="of the weights, the order, the augmentation, and of shapes")
-        add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
+        add("--device", default="auto", help="auto (CUDA, else MPS, else the CPU), cpu, mps, cuda or cuda:N")
         add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
             help="mixed precision; auto takes bf16, fp16 or off as the hardware has it")
         add("--compile", action="store_true", help="torch.compile the model")
@@ -172,6 +172,8 @@ def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
     except RuntimeError as error:
         if "PytorchStreamWriter" in str(error):
             status, sentence = 2, "a checkpoint could not be written: make room on the disk of --out, then --resume"
+        elif "MPS backend out of memory" in str(error):
+            status, sentence = 2, f"the GPU is out of memory: lower {memory}"
         elif "DefaultCPUAllocator" in str(error) or "could not create" in str(error):            # torch's, oneDNN's
             status, sentence = 2, too_little
         else:
@@ -203,12 +205,12 @@ def limit_memory():
 
 
 def pick_device(name):
-    """"auto" is CUDA where there is one, else the CPU; other names are torch's ("cpu", "cuda", "cuda:1", "mps").
+    """"auto" takes CUDA, then MPS (Apple's GPUs), then the CPU; other names are torch's ("cpu", "cuda:1", "mps").
 
     Each process that torchrun starts takes the CUDA device of its own number.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():

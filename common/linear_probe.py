@@ -1,5 +1,6 @@
 """What a frozen representation is worth: a linear probe and a kNN classifier on its features, beside honest floors."""
 import contextlib
+import time
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ def chosen_fit(train_x, train_y, classes):
     held, kept = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10) :]
 
     best, weights = (-1.0, None), None
-    for l2 in sorted(L2, reverse=True):                                       # from stiff to free: each warms the next
+    stiff_to_free = sorted(L2, reverse=True)                                  # each warms the next
+    for l2 in told(stiff_to_free, len(L2) + 1, "fits of the linear probe"):
         weights = fit(train_x[kept], train_y[kept], classes, l2, weights)
         best = max(best, (score(train_x[held], train_y[held], weights), l2))
     return fit(train_x, train_y, classes, best[1], weights)
@@ -77,7 +79,7 @@ def mlp(train_x, train_y, test_x, test_y, hidden=200, dropout=0.1, batch_size=25
                                   torch.nn.Dropout(dropout), torch.nn.Linear(hidden, classes)).to(train_x.device)
         optimizer = torch.optim.Adam(net.parameters(), lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
+        for _ in told(range(steps), steps, "steps of the MLP"):
             index = torch.randint(len(train_x), (batch_size,)).to(train_x.device)
             loss = F.cross_entropy(net(train_x[index]), train_y[index])
             optimizer.zero_grad()
@@ -97,7 +99,8 @@ def knn(train_x, train_y, test_x, test_y, k=200, tau=0.1):
     train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
     classes = int(torch.cat([train_y, test_y]).max()) + 1
     right = 0
-    for x, y in zip(test_x.split(1000), test_y.split(1000)):
+    parts = list(zip(test_x.split(1000), test_y.split(1000)))
+    for x, y in told(parts, len(parts), "batches of 1000 test images in kNN"):
         similarity, index = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)  # (B, k)
         votes = torch.zeros(len(x), classes, device=x.device)
         votes.scatter_add_(1, train_y[index], (similarity / tau).exp())
@@ -112,14 +115,20 @@ def features(encoder, images, autocast=contextlib.nullcontext(), batch_size=512)
     encoder: a Module, RGB (B, 3, S, S) in [0, 1] to (B, D). It is put into eval mode meanwhile, and its parts back into
     the modes they had; nothing else of it changes. images: `data.Images`. autocast: a context.
     """
+    return torch.cat(list(encoded(encoder, images, autocast, batch_size)))
+
+
+@torch.no_grad()
+def encoded(encoder, images, autocast=contextlib.nullcontext(), batch_size=512):
+    """`features` batch by batch: yields (B, D)."""
     modes = {part: part.training for part in encoder.modules()}
     encoder.eval()
     try:
-        found = []
-        for x in images.batches(torch.arange(len(images)).split(batch_size)):
+        index = torch.arange(len(images)).split(batch_size)
+        for x in told(images.batches(index), len(index), f"batches of {batch_size} images encoded"):
             with autocast:
-                found.append(encoder((x.float() / 255).contiguous(memory_format=torch.channels_last)).float())
-        return torch.cat(found)
+                h = encoder((x.float() / 255).contiguous(memory_format=torch.channels_last)).float()
+            yield h
     finally:
         for part, training in modes.items():
             part.training = training
@@ -179,3 +188,15 @@ def table(results, method):
     lines += [f"{title(row):26}" + "".join(f"{100 * accuracies[row]:8.1f}" for accuracies in results.values())
               for row in next(iter(results.values()))]
     return "\n".join(lines)
+
+
+def told(things, n, what):
+    """The n things, one by one. Of what takes longer than ten seconds it says how far it is, then and each minute."""
+    start = time.perf_counter()
+    line_at = start + 10
+    for i, thing in enumerate(things):
+        now = time.perf_counter()
+        if i and now > line_at:
+            print(f"{what}: {i:,} of {n:,}, {(now - start) / i * (n - i):,.0f} s left", flush=True)
+            line_at = now + 60
+        yield thing

@@ -6,32 +6,38 @@ from pathlib import Path
 import torch
 
 from .. import Refusal, cli, linear_probe
-from ..data import NAMES, load
+from ..data import HOMES, NAMES, image_files, load
 from ..run import write_file
-from . import depth, few_labels, out_of_distribution, runs
+from . import depth, features, few_labels, out_of_distribution, runs
 
 
 def arguments(argv):
-    parser = cli.Parser(prog="python -m common.evaluation", description="Judges a finished run of any script.")
+    parser = cli.Parser(prog="python -m common.evaluation", description="Judges a finished run of any script. With "
+                        "--export, --map or --neighbours it only does these.")
     add, number = parser.add_argument, parser.number
     add("run", metavar="RUN", help="folder of a finished run")
-    add("--dataset", choices=NAMES, default=None, help="what to judge it on; by default what it was trained on")
-    add("--data-dir", default=None, metavar="DIR", help="folder of downloads or of your images; by default the run's")
-    number("--labels", None, "(0, 1]", "probe with these shares of the labels, too, e.g. 0.01 "
-        "0.1", nargs="+", metavar="SHARE", kind=float)
+    add("--dataset", choices=NAMES, help="what to judge it on; by default the run's, or the images in --data-dir")
+    add("--data-dir", metavar="DIR", help="folder of downloads or of your images; by default the run's")
+    number("--labels", None, "(0, 1]", "probe with these shares of the labels, too, e.g. 0.01 0.1", nargs="+",
+           metavar="SHARE", kind=float)
     number("--draws", 5, "[1, inf)", "draws of labels for each share")
     add("--finetune", action="store_true", help="fine-tune the encoder on the labels, beside the same from scratch")
     number("--frozen-stages", 0, "[0, inf)", "first stages that --finetune leaves as they are")
     number("--epochs", None, "[1, inf)", "passes of --finetune over the labelled images, twice as many from scratch "
         "(default: 60 where a hundredth of the labels or less is used, else 30)", kind=int)
-    add("--ood", nargs="+", default=None, metavar="D",
-        help="data sets, or folders of images, to tell from the run's own")
+    add("--ood", nargs="+", metavar="D", help="data sets, or folders of images, to tell from the run's own")
     add("--blocks", action="store_true", help="a linear probe on each block of a generator, and a picture, blocks.png")
-    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
+    add("--export", metavar="FILE", help="write features, labels and file names to this .npz, for numpy.load")
+    add("--map", action="store_true", help="draw the test features in two dimensions (t-SNE), map.png")
+    add("--neighbours", nargs="+", metavar="IMAGE", help="your images beside the training images with the nearest "
+        "features, nearest.png; and their names")
+    add("--device", default="auto", help="auto (CUDA, else MPS, else the CPU), cpu, mps, cuda or cuda:N")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision, as in training")
     number("--workers", cli.cores(), "[0, inf)", "processes that decode images")
     number("--cache-gb", 8.0, "[0, inf)", "GB of decoded images kept on the device")
     args = parser.parse_args(sys.argv[1:] if argv is None else [str(a) for a in argv])
+    if args.export or args.map or args.neighbours:
+        parser.refuse_unused(args, ("labels", "finetune", "ood", "blocks"), "--export, --map and --neighbours")
     if not args.finetune:
         parser.refuse_unused(args, ("frozen_stages", "epochs"), "a run without --finetune")
     if not args.labels:
@@ -42,32 +48,41 @@ def arguments(argv):
 def main(argv=None):
     """Prints the tables and returns what RUN/evaluation.json has for the data set."""
     args = arguments(argv)
-    device = cli.pick_device(args.device)
+    device, folder = cli.pick_device(args.device), Path(args.run)
     amp = cli.pick_amp(args.amp, device)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
-    path, found = Path(args.run) / "evaluation.json", {}
     settings, encoder = runs.load_encoder(args.run, device)
-    _, untrained = runs.load_encoder(args.run, device, trained=False)
-    if path.exists():
-        try:
-            found = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError):
-            raise Refusal(f"{path} is damaged: put it right or move it away") from None
-    if args.frozen_stages > len(encoder.stages()):
-        raise Refusal(f"--frozen-stages {args.frozen_stages} is more than the encoder has, {len(encoder.stages())}")
+    if args.frozen_stages > (n := len(few_labels.stages(encoder))):
+        raise Refusal(f"--frozen-stages {args.frozen_stages} is more than the encoder has, {n}")
     generator = runs.load_generator(args.run, device, needed=False) if args.ood or args.blocks else None
     if args.blocks and generator is None:
         raise Refusal(f"--blocks needs a generator, and {args.run} has none")
-    name, views = args.dataset or settings.dataset, getattr(settings, "views_dir", None)
-    if views and (args.ood or args.data_dir or name != settings.dataset):
+    yours = args.data_dir and (settings.dataset not in HOMES or image_files(args.data_dir))   # not downloads
+    name, views = args.dataset or ("folder" if yours else settings.dataset), getattr(settings, "views_dir", None)
+    if views and (args.ood or args.neighbours or args.data_dir or name != settings.dataset):
         raise Refusal(f"{args.run} has views of its own (--views-dir): it can be judged on these alone")
     downloads = "data" if settings.dataset == "folder" else settings.data_dir
     place = args.data_dir or views or (settings.data_dir if name == settings.dataset else downloads)
+    suffix = "" if (name, place) == (settings.dataset, settings.data_dir) else f"-{name}"      # of the pictures
 
     def open_data(name, folder):
         return load(name, folder, settings.image_size, device, args.workers, args.cache_gb, settings.seed)
 
     images, outside = open_data(name, place), {}
+    if args.export:
+        features.export(Path(args.export), images, encoder, autocast)
+    if args.map:
+        features.draw_map(folder / f"map{suffix}.png", images.test or images.centred, images.classes, encoder, autocast)
+    if args.neighbours:
+        features.show_neighbours(folder / f"nearest{suffix}.png", args.neighbours, images, encoder, autocast)
+    if args.export or args.map or args.neighbours:
+        return None
+
+    path = folder / "evaluation.json"
+    try:
+        found = dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError):
+        raise Refusal(f"{path} is damaged: put it right or move it away") from None
     for other in args.ood or ():
         if other not in NAMES[:-1] and not Path(other).is_dir():
             raise Refusal(f"--ood {other} is neither a data set ({', '.join(NAMES[:-1])}) nor a folder of images")
@@ -86,7 +101,7 @@ def main(argv=None):
             result[key] = {**result.get(key, {}), **values}
         write_file(path, lambda part: part.write_text(json.dumps(found) + "\n"))
 
-    x = {}
+    x, untrained = {}, runs.load_encoder(args.run, device, trained=False)[1]
     if images.labelled:
         accuracies, x = linear_probe.evaluate(images, {"untrained": untrained, "trained": encoder}, autocast)
         print(f"{args.run} on {name}\n\n{linear_probe.table(accuracies, cli.read_settings(args.run)[0])}", flush=True)
@@ -99,9 +114,7 @@ def main(argv=None):
     if outside:
         keep(ood=out_of_distribution.detect(images, x.get("trained"), encoder, outside, generator, autocast))
     if args.blocks:
-        own = (name, place) == (settings.dataset, settings.data_dir)
-        picture = Path(args.run) / f"blocks{'' if own else f'-{name}'}.png"
-        keep(blocks=depth.probe(images, generator, picture, autocast))
+        keep(blocks=depth.probe(images, generator, folder / f"blocks{suffix}.png", autocast))
     print(f"\nsaved in {path}")
     return result
 

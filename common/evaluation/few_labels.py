@@ -1,8 +1,7 @@
-"""What an encoder is worth with few labels: frozen under a linear probe, fine-tuned, all of it or its last stages, and
-beside both the same network trained from scratch."""
+"""What an encoder is worth with few labels: frozen under a linear probe, or fine-tuned, all of it or its last stages,
+beside the same network trained from scratch."""
 import copy
 import statistics
-import time
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +23,14 @@ def balanced(labels, fraction, seed):
     return torch.cat(drawn).sort().values
 
 
-def freeze(module, stages):
-    """No gradient for the first `stages` of module.stages() (modules or parameters). Returns their modules, which have
-    to stay in eval mode: batch norm's statistics are frozen, too."""
-    parts = [part for stage in module.stages()[:stages] for part in stage]
+def stages(module):
+    """Lists of modules and parameters by depth: module.stages(), or its children where it has none."""
+    return module.stages() if hasattr(module, "stages") else [[child] for child in module.children()]
+
+
+def freeze(module, n):
+    """No gradient for the first n `stages`. Returns their modules, which must stay in eval mode for batch norm."""
+    parts = [part for stage in stages(module)[:n] for part in stage]
     for part in parts:
         part.requires_grad_(False)
     return [part for part in parts if isinstance(part, nn.Module)]
@@ -36,10 +39,8 @@ def freeze(module, stages):
 def finetune(module, images, index, test, frozen_stages, amp=None, steps=500, batch_size=BATCH_SIZE, lr=1e-3, seed=0):
     """Test accuracy in [0, 1] of a linear classifier on the encoder, both trained on the images of `index`.
 
-    module: maps RGB (N, 3, S, S) in [0, 1] to features (N, D); trained in place, but for its first stages. images,
-    test: `Images` with labels. amp: the dtype of autocast, or None. Flips and shifts by an eighth of the side; AdamW,
-    the rate falling to 0 by a cosine. What is trained from scratch has the same recipe, so that the two differ by where
-    they start.
+    module: an encoder, trained in place, but for its first stages. images, test: `Images` with labels. amp: the dtype
+    of autocast, or None. Flips and shifts by an eighth of the side; AdamW, the rate falling to 0 by a cosine.
     """
     device, classes = images.device, int(torch.cat([images.labels, test.labels]).max()) + 1
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
@@ -48,78 +49,71 @@ def finetune(module, images, index, test, frozen_stages, amp=None, steps=500, ba
         torch.manual_seed(seed)
         dim = module.eval()(images.at(torch.zeros(1, dtype=torch.int64)).to(device) / 255).shape[1]
         head = nn.Linear(dim, classes).to(device)
-    trained = [p for p in (*module.parameters(), *head.parameters()) if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr, weight_decay=1e-4)
+    whole = nn.Sequential(module, head)
+    optimizer = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     module.train()
     for part in frozen:
         part.eval()
     order = [index[torch.randint(len(index), (batch_size,), generator=rng.generator)] for _ in range(steps)]
-    for batch, x in zip(order, images.batches(order)):
+    for batch, x in zip(order, linear_probe.told(images.batches(order), steps, "steps of fine-tuning")):
         flip = augment.random_horizontal_flip(rng, len(x))
         x = augment.apply(x, flip + augment.random_shift(rng, len(x), reach=x.shape[-1] // 8))
         with autocast:
-            logits = head(module(x))
+            logits = whole(x)
         loss = F.cross_entropy(logits.float(), images.labels[augment.send(batch, device)])
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
-
-    logits = linear_probe.features(nn.Sequential(module, head), test, autocast)
+    logits = linear_probe.features(whole, test, autocast)
     return (logits.argmax(dim=1) == test.labels).float().mean().item()
 
 
-def mean_and_deviation(values):
-    return {"mean": statistics.mean(values), "deviation": statistics.stdev(values) if len(values) > 1 else 0.0}
+def compare(title, rows, labels, shares, draws, score):
+    """{share: {row: mean and deviation of score(row, share, indices, seed) over the draws, "draws": the indices}}, and
+    prints it. All labels are one draw."""
+    print(f"\n{title:34}{'images':>8}" + "".join(f"{row:>16}" for row in rows))
+    results = {}
+    for share in shares:
+        drawn = [balanced(labels, share, seed) for seed in range(draws if share < 1 else 1)]
+        found = {row: [] for row in rows}
+        for seed, index in enumerate(linear_probe.told(drawn, len(drawn), f"draws of {100 * share:g} %")):
+            for row in rows:
+                found[row].append(score(row, share, index, seed))
+        accuracy = {row: {"mean": statistics.mean(values), "deviation": statistics.stdev(values) if len(values) > 1
+                          else 0.0} for row, values in found.items()}
+        print(f"{f'{100 * share:g} %, draws {len(drawn)}':34}{len(drawn[0]):8}" + "".join(
+            f"{100 * x['mean']:9.1f} +- {100 * x['deviation']:3.1f}" for x in accuracy.values()), flush=True)
+        results[str(share)] = {**accuracy, "draws": [index.tolist() for index in drawn] if share < 1 else None}
+    return results
 
 
 def probe(images, x, shares, draws):
-    """{share: {row: mean and deviation of the probe's accuracy over the draws, "draws": the indices}}, printed."""
-    print(f"\n{'linear probe, share of labels':34}{'images':>8}" + "".join(f"{row:>16}" for row in x))
-    results = {}
-    for share in shares:
-        drawn = [balanced(images.labelled.labels, share, seed) for seed in range(draws)]
-        accuracy = {row: mean_and_deviation([
-            linear_probe.linear_probe(train_x[index], images.labelled.labels[index], test_x, images.test.labels)
-            for index in (d.to(train_x.device) for d in drawn)]) for row, (train_x, test_x) in x.items()}
-        print(f"{f'{100 * share:g} %, {draws} draws':34}{len(drawn[0]):8}" + "".join(map(shown, accuracy.values())))
-        results[str(share)] = {**accuracy, "draws": [index.tolist() for index in drawn]}
-    return results
+    """`compare` linear probes. x: {row: features of the labelled and of the test images}."""
+    y = images.labelled.labels
 
-
-def shown(accuracy):
-    return f"{100 * accuracy['mean']:9.1f} +- {100 * accuracy['deviation']:3.1f}"
+    def score(row, share, index, seed):
+        train_x, test_x = x[row]
+        return linear_probe.linear_probe(*(z[index.to(y.device)] for z in (train_x, y)), test_x, images.test.labels)
+    return compare("linear probe, share of labels", list(x), y, shares, draws, score)
 
 
 def compare_finetuning(images, encoder, untrained, shares, draws, frozen_stages, epochs, amp):
-    """{"share, n frozen": {"finetuned", "scratch": mean and deviation, ...}}, printed. All labels are one draw."""
-    stages = encoder.stages()
+    """{"share, n frozen": `compare` "finetuned" and, by the same recipe but for twice as long, from "scratch"}."""
     weights = [sum(p.numel() for part in stage for p in ([part] if torch.is_tensor(part) else part.parameters()))
-               for stage in stages]
-    frozen = sum(weights[:frozen_stages])
-    print(f"\nfine-tuned, {frozen_stages} of {len(stages)} stages frozen "
-          f"({100 * frozen / sum(weights):.0f} % of the weights), beside the same network trained from scratch")
-    print(f"{'':34}{'images':>8}{'fine-tuned':>16}{'from scratch':>16}")
-    results = {}
-    for share in shares:
-        drawn = [balanced(images.labelled.labels, share, seed) for seed in range(draws if share < 1 else 1)]
-        passes, found, start = epochs or (60 if share <= 0.01 else 30), {"finetuned": [], "scratch": []}, time.time()
-        for seed, index in enumerate(drawn):
-            for row, begin, frozen_here, n in (("finetuned", encoder, frozen_stages, passes),
-                                               ("scratch", untrained, 0, 2 * passes)):
-                steps = max(1, round(n * len(index) / BATCH_SIZE))
-                found[row].append(finetune(copy.deepcopy(begin), images.labelled, index, images.test, frozen_here, amp,
-                                           steps, seed=seed))
-            if time.time() - start > 10:
-                print(f"  draw {seed + 1} of {len(drawn)}: {100 * found['finetuned'][-1]:.1f}, from scratch "
-                      f"{100 * found['scratch'][-1]:.1f} ({time.time() - start:.0f} s)", flush=True)
-        accuracy = {row: mean_and_deviation(values) for row, values in found.items()}
-        print(f"{f'{100 * share:g} %, draws {len(drawn)}':34}{len(drawn[0]):8}" +
-              "".join(map(shown, accuracy.values())), flush=True)
-        results[f"{share}, {frozen_stages} frozen"] = {
-            **accuracy, "frozen_stages": frozen_stages, "frozen_weights": frozen / sum(weights),
-            "epochs": passes, "draws": [index.tolist() for index in drawn] if share < 1 else None}
-    return results
+               for stage in stages(encoder)]
+    frozen = sum(weights[:frozen_stages]) / sum(weights)
+    passes = {str(share): epochs or (60 if share <= 0.01 else 30) for share in shares}
+    print(f"\nfine-tuned, {frozen_stages} of {len(weights)} stages frozen ({100 * frozen:.0f} % of the weights), "
+          f"beside the same network trained from scratch")
+
+    def score(row, share, index, seed):
+        begin, still, times = (encoder, frozen_stages, 1) if row == "finetuned" else (untrained, 0, 2)
+        steps = max(1, round(times * passes[str(share)] * len(index) / BATCH_SIZE))
+        return finetune(copy.deepcopy(begin), images.labelled, index, images.test, still, amp, steps, seed=seed)
+    found = compare("fine-tuning, share of labels", ["finetuned", "scratch"], images.labelled.labels, shares, draws, score)
+    return {f"{share}, {frozen_stages} frozen": {**values, "frozen_stages": frozen_stages, "frozen_weights": frozen,
+                                                 "epochs": passes[share]} for share, values in found.items()}

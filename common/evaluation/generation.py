@@ -1,6 +1,4 @@
 """--sample RUN of a script with a generator: samples, completions, nearest training images, Frechet distance."""
-import io
-import itertools
 import json
 import math
 from pathlib import Path
@@ -8,12 +6,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .. import Refusal, cli, pictures
+from .. import Refusal, cli, linear_probe, pictures
 from ..data import Decoder, Images, load
-from ..run import write_file
 from . import runs
-
-STORED = ("seed", "device", "workers", "data_dir", "cache_gb")  # of the run's settings, unless a flag says otherwise
 
 
 def arguments(argv, script):
@@ -31,22 +26,23 @@ def arguments(argv, script):
     add("--frechet", metavar="RUN", help="Frechet distance of samples and test images in the features of this run, of "
         "any script, beside that of two halves of the test images: of equally many, at most half of the test images")
     number("--seed", None, "[0, 4294967295]", "of the draws (default: the run's)", kind=int)
-    add("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
+    add("--device", help="auto, cpu, mps, cuda or cuda:N (default: the run's)")
     add("--data-dir", metavar="DIR", help="where the run's data set is (default: where it was)")
     number("--workers", None, "[0, inf)", "processes that decode images (default: the run's)", kind=int)
     number("--cache-gb", None, "[0, inf)", "GB of decoded images kept on the device (default: the run's)", kind=float)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    settings = cli.read_settings(args.sample, Path(script).stem)[1]
+    for name in ("seed", "device", "workers", "data_dir", "cache_gb"):
+        if getattr(args, name) is None:
+            setattr(args, name, settings[name])
+    return args, settings
 
 
 @torch.no_grad()
 def main(argv, script):
     """Writes pictures and distances into the run's folder, prints them, and returns the distances. Nothing is
     overwritten; the same settings give the same files. script: the path of the script that made the run."""
-    args = arguments(argv, script)
-    settings = cli.read_settings(args.sample, Path(script).stem)[1]
-    for name in STORED:
-        if getattr(args, name) is None:
-            setattr(args, name, settings[name])
+    args, settings = arguments(argv, script)
     device, size = cli.pick_device(args.device), settings["image_size"]
     model = runs.load_generator(args.sample, device, Path(script).stem)
     judge = args.frechet and runs.load_encoder(args.frechet, device)
@@ -56,26 +52,19 @@ def main(argv, script):
 
     def drawn(tokens, rows=0):
         """Images (N, 3, S, S): the first rows those of the tokens (N, S, S), the rest drawn; 64 at once, for memory."""
-        generator = torch.Generator(device).manual_seed(args.seed)
+        generator, parts = torch.Generator(device).manual_seed(args.seed), tokens.split(64)
         return model.images(torch.cat([model.sample(len(part), args.temperature, args.top_k, part, rows, generator)
-                                       for part in tokens.split(64)]))
+                                       for part in linear_probe.told(parts, len(parts), "batches of images drawn")]))
 
     def seen(x):                                                              # all that the model can show of images
         return model.images(model.tokens(x.to(device)))
 
-    def keep(name, suffix, content):
-        """A file of bytes, of a free name: same settings, same bytes, same file; but nothing else is overwritten."""
-        name += f"-T{args.temperature}-k{args.top_k or 'all'}-seed{args.seed}"
-        for number in itertools.count(1):
-            path = Path(args.sample) / f"{name}{f'-{number}' if number > 1 else ''}{suffix}"
-            if not path.exists():
-                write_file(path, lambda part: part.write_bytes(content))
-            if path.read_bytes() == content:
-                return print(path, flush=True)
+    def keep(name, suffix, write):
+        name += f"-T{args.temperature}-k{args.top_k or 'all'}-seed{args.seed}{suffix}"
+        runs.keep(Path(args.sample) / name, write)
 
     def picture(name, images, columns):
-        pictures.tiles(file := io.BytesIO(), images, columns)
-        keep(name, ".png", file.getvalue())
+        keep(name, ".png", lambda file: pictures.tiles(file, images, columns))
 
     n = args.samples or (500 if judge else 64)
     x = drawn(torch.zeros(n, size, size, dtype=torch.int64, device=device))
@@ -92,55 +81,44 @@ def main(argv, script):
     result["nearest"], beside = neighbours(x[:64], images, seen)              # (16, 1 + k, 3, S, S)
     picture("neighbours", beside.flatten(0, 1), beside.shape[1])
     print("\n" + table(result) + "\n", flush=True)
-    keep("distances", ".json", (json.dumps(result, indent=1) + "\n").encode())
+    keep("distances", ".json", lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
     return result
 
 
 # ---- the Frechet distance in an encoder's feature space (Heusel et al. 2017, 1706.08500)
 
 
-def root(covariance):
-    """The symmetric square root of a symmetric (D, D) that has no negative eigenvalues but by rounding."""
-    variance, axes = torch.linalg.eigh(covariance)
-    return axes * variance.clamp(min=0).sqrt() @ axes.T
-
-
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians: means (D,), covariances (D, D), to a float >= 0.
 
-    In float64. tr (C1 C2)^(1/2) = tr (C1^(1/2) C2 C1^(1/2))^(1/2) is the sum of the singular values of
-    C1^(1/2) C2^(1/2), which takes no root of a matrix that is not symmetric, nor, where C1 or C2 is singular, of
-    rounding errors.
+    In float64. tr (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2): no root of a matrix that is
+    not symmetric, nor, where C1 or C2 is singular, of rounding errors.
     """
     mean1, cov1, mean2, cov2 = (x.cpu().double() for x in (mean1, cov1, mean2, cov2))
-    both = torch.linalg.svdvals(root(cov1) @ root(cov2)).sum()
+    (v1, axes1), (v2, axes2) = map(torch.linalg.eigh, (cov1, cov2))
+    root1, root2 = (axes * v.clamp(min=0).sqrt() @ axes.T for v, axes in ((v1, axes1), (v2, axes2)))
+    both = torch.linalg.svdvals(root1 @ root2).sum()
     return max(0.0, ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * both).item())
 
 
 def distance(x, y):
-    """frechet_distance of features x (N, D) and y (M, D) taken as Gaussian, N and M at least 2.
-
-    It is too large on average, the more so the fewer the images: only distances of equally many can be compared.
-    """
-    def moments(x):
-        x = x.cpu().double()
-        centred = x - x.mean(dim=0)
-        return x.mean(dim=0), centred.T @ centred / (len(x) - 1)              # (D,), (D, D)
-    return frechet_distance(*moments(x), *moments(y))
+    """frechet_distance of features x (N, D) and y (M, D) taken as Gaussian, N and M at least 2. It is too large on
+    average, the more so the fewer the images: only distances of equally many can be compared."""
+    x, y = x.cpu().double(), y.cpu().double()
+    return frechet_distance(x.mean(dim=0), torch.atleast_2d(x.T.cov()), y.mean(dim=0), torch.atleast_2d(y.T.cov()))
 
 
 @torch.no_grad()
 def features(encoder, image_size, images, device, batch_size=256):
-    """What the encoder, on the device, makes of images (N, 3, S, S), uint8 or floats in [0, 1]: (N, D).
-
-    image_size: the side that the encoder takes; images of another are resized.
-    """
-    def scaled(x):
+    """What the encoder, on the device, makes of images (N, 3, S, S), uint8 or floats in [0, 1], resized to the side
+    image_size that it takes: (N, D)."""
+    found, parts = [], images.split(batch_size)
+    for x in linear_probe.told(parts, len(parts), "batches encoded"):
         x = x.to(device).float() / (255 if x.dtype == torch.uint8 else 1)
         if x.shape[-1] != image_size:
             x = F.interpolate(x, image_size, mode="bilinear", antialias=True).clamp(0, 1)
-        return x
-    return torch.cat([encoder(scaled(x)).float() for x in images.split(batch_size)])
+        found.append(encoder(x).float())
+    return torch.cat(found)
 
 
 def frechet_distances(judge, samples, test, seen, device):
@@ -148,8 +126,7 @@ def frechet_distances(judge, samples, test, seen, device):
 
     judge: (settings, encoder) of `runs.load_encoder`. samples: (N, 3, S, S). test: Images or None. seen(uint8 images):
     all that the samples' model can show of them. "test" is the floor, the other half of the test images; "seen" is that
-    half as seen, how much of the samples' distance is not their content's. "images": how many each set has, N or, if
-    they are fewer, half of the test images: of equally many, the distances are equally biased.
+    half as seen. "images": how many each set has, at most half of the test images: equally many, equally biased.
     """
     n = min(len(samples), len(test or ()) // 2)
     if n < 2:
@@ -165,20 +142,19 @@ def frechet_distances(judge, samples, test, seen, device):
 
 def nearest(x, images, seen, k=7):
     """The k training images nearest to each of x (N, 3, S, S) in [0, 1]: root mean square differences, of 255, and
-    indices, each (k, N), nearest first. images: Images, which are compared as seen(uint8 (B, 3, S, S)) in [0, 1].
-    """
-    batches = images.batches(torch.arange(len(images)).split(512))            # by a product an equal one is not at 0
+    indices, each (k, N), nearest first. images: Images, which are compared as seen(uint8 (B, 3, S, S)) in [0, 1]."""
+    parts = torch.arange(len(images)).split(512)
+    batches = linear_probe.told(images.batches(parts), len(parts), "batches compared")
     gap = torch.cat([torch.cdist(seen(batch).flatten(1), x.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-                     for batch in batches]) * 255 / x[0].numel() ** 0.5       # (images, N)
+                     for batch in batches]) * 255 / x[0].numel() ** 0.5       # (images, N); by mm 0 would not be 0
     return gap.topk(min(k, len(gap)), dim=0, largest=False)
 
 
 def neighbours(samples, images, seen, shown=16):
     """({"samples", "test": {"mean", "least"}}, rows): the differences (`nearest`) of samples (N, 3, S, S), and of as
     many test images, from the nearest training image; and the first samples, each before the training images nearest
-    to it, (shown, 1 + k, 3, S, S). images: `data.Data`.
-    """
-    gap, index = nearest(samples, images.centred, seen)                         # (k, N)
+    to it, (shown, 1 + k, 3, S, S). images: `data.Data`."""
+    gap, index = nearest(samples, images.centred, seen)                       # (k, N)
     gaps = {"samples": gap[0]}
     if images.test:
         test = seen(images.test.at(images.test.random_indices(len(samples))))
@@ -193,8 +169,7 @@ def table(result):
     titles = {"samples": "samples", "test": "test images", "seen": "test images, as the model can show them"}
     lines = [f"{'nearest training image, RMS of 255':40}{'mean':>8}{'least':>8}"]
     lines += [f"{titles[name]:40}{x['mean']:8.1f}{x['least']:8.1f}" for name, x in result["nearest"].items()]
-    if "frechet" in result:
-        frechet = result["frechet"]
+    if frechet := result.get("frechet"):
         lines += ["", f"Frechet distance to {frechet['images']} test images, of as many"]
         lines += [f"{titles[name]:40}{frechet[name]:16.4g}" for name in titles]
     return "\n".join(lines)

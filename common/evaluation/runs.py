@@ -1,6 +1,8 @@
-"""The encoder, and the generator, of a finished run, whichever script made it."""
+"""The encoder, and the generator, of a finished run, whichever script made it; and what is put into its folder."""
 import copy
 import importlib.util
+import io
+import itertools
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import Refusal, cli
+from ..run import write_file
 
 ROOT = Path(__file__).resolve().parents[2]  # of the scripts
 
@@ -31,12 +34,12 @@ def load_script(folder, method=None):
 
 def load_encoder(folder, device, trained=True):
     """(settings, module) of the run: RGB (N, 3, S, S) in [0, 1], S = settings.image_size, to features (N, D), in eval
-    mode. trained=False: as it was before training."""
+    mode. trained=False: as it was before training. The caller's random numbers stay as they are."""
     script, args = load_script(folder)
-    state = weights(folder, "encoder.pt")
-    torch.manual_seed(args.seed)
-    module = script.build_encoder(args)
-    fill(module if trained else copy.deepcopy(module), state, f"{folder}/encoder.pt")         # checked either way
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(args.seed)
+        module = script.build_encoder(args)
+    state = fill(module if trained else copy.deepcopy(module), folder, "encoder.pt")          # checked either way
     if not trained and hasattr(module, "keep_data"):
         module.keep_data(state)
     return args, module.to(device, memory_format=torch.channels_last).eval()
@@ -53,29 +56,38 @@ def load_generator(folder, device, method=None, needed=True):
         if needed:
             raise Refusal(f"{folder}: {refusal}") from None
         return None
-    return fill(model, weights(folder, "checkpoint.pt"), f"{folder}/checkpoint.pt").to(device).eval()
+    fill(model, folder, "checkpoint.pt")
+    return model.to(device).eval()
 
 
-def weights(folder, name):
-    """The weights in encoder.pt or checkpoint.pt (`name`) of the run's folder, on the CPU. Raises Refusal where they
-    are missing or damaged."""
+def fill(module, folder, name):
+    """Puts the weights of encoder.pt or checkpoint.pt (`name`) of the run's folder into the module, and returns them.
+    Raises Refusal where they are missing, damaged or of another module."""
     path = Path(folder) / name
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state["model"] if name == "checkpoint.pt" else state
+        state = state["model"] if name == "checkpoint.pt" else state
     except FileNotFoundError:
         raise Refusal(f"{path} is missing: that run has not come to its end, go on with --resume {folder}") from None
     except Exception as error:                                                # zip, pickle and key errors
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise Refusal(f"{path} cannot be read ({reason}): train that run again") from None
-
-
-def fill(module, state, path):
-    """module with the weights `state`, read from `path`. Raises Refusal where they are not of such a module."""
     try:
         module.load_state_dict(state)
     except (RuntimeError, TypeError) as error:                                # of other layers; not weights at all
         reason = str(error).strip().splitlines()[-1].strip()
         raise Refusal(f"{path} is not of that run's model ({reason}): it was made by another run or another version of "
                       f"the script") from None
-    return module
+    return state
+
+
+def keep(path, write):
+    """Puts the bytes that write(file) writes into the file `path` or, where that has others, the first of NAME-2,
+    NAME-3, ... that has not: the same bytes are there once. Prints which file."""
+    write(file := io.BytesIO())
+    for number in itertools.count(1):
+        free = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        if not free.exists():
+            write_file(free, lambda part: part.write_bytes(file.getvalue()))
+        if free.read_bytes() == file.getvalue():
+            return print(free, flush=True)
