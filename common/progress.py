@@ -3,12 +3,13 @@ import math
 import time
 
 import torch
-import torch.nn.functional as F
 
-from . import Refusal
+from . import Refusal, pictures
+from .linear_probe import WhitenedPixels, feature_std, features, knn, rankme, uniformity
 
 COLLAPSED = 0.01  # a feature standard deviation below this is one point up to noise
 FIRST_LINE, LATER_LINES = 10.0, 60.0  # seconds after the first step, and between lines
+SHARE = 0.05  # of the time, that a monitor takes
 LONG = 3 * 3600  # seconds of training after which a run is told of --small
 
 
@@ -20,12 +21,18 @@ class Progress:
     """
 
     def __init__(self, run, epochs, steps, batch_size, metrics):
-        """steps: of an epoch. metrics: {name: note} of what `update` is given, the note a chance level or ""."""
+        """steps: of an epoch. metrics: {name: note} of what `update` is given; a note ends in the level of chance,
+        or is empty."""
         self.run, self.epochs, self.steps, self.images = run, epochs, steps, steps * batch_size
         self.metrics = metrics | {"feature_std": ""}
         self.pending, self.sums, self.seconds, self.last = [], [0.0] * len(self.metrics), 0.0, None
         self.read_at = self.line_at = self.first_at = None                    # set by the first step
         self.first_seconds, self.done, self.lines = 0.0, 0, 0                 # of the first step; steps after it
+        self.monitor, self.trained = None, 0.0                                # seconds, of this process
+
+    def now(self):
+        """Seconds, without those of the monitor."""
+        return time.perf_counter() - (self.monitor.seconds if self.monitor else 0.0)
 
     def state_dict(self):
         self.read()
@@ -50,7 +57,7 @@ class Progress:
             self.line_at = FIRST_LINE + (self.run.since if like_others else self.first_at)
         else:
             self.done += 1
-        now = time.perf_counter()
+        now = self.now()
         if now > self.line_at:
             self.read()
             self.run.say(f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.steps}  {self.text(self.last)}  "
@@ -76,7 +83,7 @@ class Progress:
                 raise Refusal(f"the loss is not finite at step {at} of epoch {epoch + 1}: lower --lr ({kept})")
             self.sums = [s + v for s, v in zip(self.sums, row)]
         self.pending, self.last = [], rows[-1]
-        now = time.perf_counter()
+        now = self.now()
         self.seconds += now - self.read_at
         self.read_at = now
 
@@ -101,25 +108,73 @@ class Progress:
                          f"networks and batches, fewer epochs) it takes about one, for 50,000 images on two CPU cores.")
 
     def end_epoch(self, epoch, **more):
-        """Prints the epoch's means, logs them with whatever more there is, and saves a checkpoint."""
-        means = [s / self.steps for s in self.sums]
-        self.run.say(f"epoch {epoch + 1}/{self.epochs}  {self.text(means)}  "
+        """Prints the epoch's means, logs them with whatever more there is, draws curve.png, and saves a checkpoint."""
+        means, knn_text = [s / self.steps for s in self.sums], ""
+        self.trained += self.seconds
+        if self.monitor and (epoch + 1 == self.epochs or self.monitor.due(epoch + 1, self.trained)):
+            more |= self.monitor.judge()
+            knn_text = "kNN {:.1f} % (pixels {:.1f}, untrained {:.1f})  ".format(
+                *(100 * x for x in (more["knn"], *self.monitor.floors.values())))
+        self.run.say(f"epoch {epoch + 1}/{self.epochs}  {self.text(means)}  {knn_text}"
                      f"{self.images / max(self.seconds, 1e-9):,.0f} images/s  "
                      f"{clock((self.epochs - epoch - 1) * self.seconds)} left")
         self.run.log(epoch=epoch + 1, **dict(zip(self.metrics, means)), **more, seconds=round(self.seconds, 3))
         self.sums, self.seconds = [0.0] * len(self.metrics), 0.0
+        self.run.write("curve.png", self.draw)
         self.run.save(epoch + 1, 0)
 
+    def draw(self, path):
+        """The losses with their levels of chance, and kNN with its floors, over the epochs that are logged."""
+        panels, log = [], self.run.history
+        for name, note in self.metrics.items():
+            if name != "feature_std":
+                points = [(entry["epoch"], entry[name]) for entry in log]
+                panels.append((f"{name} by epoch", points, {"chance": float(note.split()[-1])} if note else {}))
+        if self.monitor and self.monitor.floors:
+            pixels, untrained = (100 * floor for floor in self.monitor.floors.values())
+            points = [(0, untrained)] + [(entry["epoch"], 100 * entry["knn"]) for entry in log if "knn" in entry]
+            panels.append(("kNN on test images by epoch, %", points,
+                           {"whitened pixels": pixels, "untrained encoder": untrained}))
+        pictures.plot(path, *panels)
 
-def feature_std(h):
-    """The standard deviation of unit features: of h (N, D), the root mean square distance of h / |h| from its mean, a
-    scalar tensor in [0, 1].
 
-    0 where all images have one direction (collapse), near 1 where directions fill the sphere. sqrt(D) times the mean
-    over the dimensions that SimSiam (Chen & He 2020, 2011.10566) plots, if all dimensions vary alike.
+class Monitor:
+    """What the encoder is worth while it trains: kNN on test images, beside its floors, and two measures without labels.
+
+    Of at most 10,000 labelled and 2,000 test images, the same for the encoder and the floors; the table at the end has
+    all of them. It draws no random number, and the training weights are the same bit for bit as without it.
     """
-    h = F.normalize(h.detach().float(), dim=1)
-    return (1 - h.mean(dim=0).square().sum()).clamp(min=0).sqrt()
+
+    def __init__(self, images, encoders, autocast, every=None):
+        """images: `data.Data` with labels. encoders: {"untrained": Module, "trained": Module}, which get "pixels" when
+        these are fitted. every: epochs, or None: as often as the `SHARE` of the time allows."""
+        self.parts = [(part, part.random_indices(most).sort().values)
+                      for part, most in ((images.labelled, 10_000), (images.test, 2_000))]
+        self.encoders, self.autocast, self.every, self.floors = encoders, autocast, every, {}
+        self.seconds, self.cost = 0.0, 0.0                                    # of all so far; of the last but the floors
+
+    def due(self, epoch, trained):
+        """After how many epochs, and seconds of training."""
+        return epoch % self.every == 0 if self.every else self.seconds + self.cost <= SHARE * trained
+
+    def judge(self):
+        """{"knn": accuracy, "uniformity": , "rankme": } of the encoder as it is now; the first time also `floors`."""
+        start = time.perf_counter()
+        if not self.floors:
+            self.encoders["pixels"] = WhitenedPixels(self.parts[0][0])
+            self.floors = {row: self.knn(self.encoders[row])[0] for row in ("pixels", "untrained")}
+        floors = time.perf_counter()
+        accuracy, h = self.knn(self.encoders["trained"])
+        found = {"knn": accuracy, "uniformity": uniformity(h).item(), "rankme": rankme(h).item()}
+        self.cost = time.perf_counter() - floors
+        self.seconds += time.perf_counter() - start
+        return found
+
+    def knn(self, encoder):
+        """(accuracy, features of the test images)."""
+        x, test_x = (features(encoder, part, self.autocast, index=index) for part, index in self.parts)
+        y, test_y = (part.labels[index.to(part.device)] for part, index in self.parts)
+        return knn(x, y, test_x, test_y), test_x
 
 
 def clock(seconds):

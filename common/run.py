@@ -1,5 +1,6 @@
 """A run's folder: settings, log, and a checkpoint that survives a kill at any moment."""
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -15,7 +16,7 @@ import torch
 import torchvision
 
 from . import Refusal, data, distributed, linear_probe, pictures
-from .progress import Progress, clock
+from .progress import Monitor, Progress, clock
 
 
 class Run:
@@ -33,6 +34,7 @@ class Run:
         """
         self.method, self.settings, self.device, self.rank = Path(script).stem, settings, device, rank
         self.tracked, self.history, self.signal, self.since = {}, [], None, time.perf_counter()
+        self.encoders = {}
         self.resumed, self.facts = bool(settings["resume"]), facts
         self.folder = Path(settings["resume"]) if self.resumed else None
         if settings["out"] and not self.resumed and rank == 0:
@@ -121,8 +123,26 @@ class Run:
         self.track(progress=Progress(self, epochs, steps, batch_size, metrics))
         return self.tracked["progress"]
 
+    def watch(self, images, autocast, encoders):
+        """What is judged, while it trains and at its end: to be called before `restore`, as each "trained" encoder is
+        copied as the "untrained" one.
+
+        images: `data.Data`. encoders: {row of the table: Module}, among them "trained", the one that is kept.
+        """
+        untrained = copy.deepcopy({row: encoder for row, encoder in encoders.items() if row.startswith("trained")})
+        for row, encoder in encoders.items():
+            self.encoders |= ({f"un{row}": untrained[row]} if row in untrained else {}) | {row: encoder}
+        self.images, self.autocast = images, autocast
+        if self.rank == 0 and images.labelled:                                # the others wait in their next step
+            self.tracked["progress"].monitor = Monitor(images, self.encoders, autocast, self.settings["knn_every"])
+
+    def save_encoder(self):
+        if self.encoders:
+            self.write("encoder.pt", lambda path: torch.save(self.encoders["trained"].state_dict(), path))
+
     def save(self, epoch, step):
-        """Writes checkpoint.pt: training goes on at `step` of `epoch`."""
+        """Writes encoder.pt and checkpoint.pt: training goes on at `step` of `epoch`."""
+        self.save_encoder()
         state = {name: thing.state_dict() for name, thing in self.tracked.items()}
         state.update(method=self.method, epoch=epoch, step=step, history=self.history)
         self.write("checkpoint.pt", lambda path: torch.save(state, path))
@@ -186,26 +206,29 @@ class Run:
         self.say(f"\nstopped and saved at step {step} of epoch {epoch + 1}; go on with --resume {self.folder}")
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
-    def finish(self, images, encoders, autocast, measures=("linear", "knn"), **more):
-        """Writes encoder.pt, evaluates the encoders (`linear_probe.evaluate`), prints the table, and writes result.json
-        and neighbours.png. Returns the results; in all but the first process it does nothing and returns {}.
+    def finish(self, measures=("linear", "knn"), **more):
+        """Evaluates the encoders (`linear_probe.evaluate`), prints the table, and writes result.json and
+        neighbours.png. Returns the results; in all but the first process it does nothing and returns {}.
 
-        images: `data.Data`. encoders: {row of the table: Module}, among them "untrained" and "trained", the one that is
-        kept. measures: of `linear_probe.MEASURES`. more: further results.
+        measures: of `linear_probe.MEASURES`. more: further results.
         """
         if self.rank > 0:
             return {}
-        memory, result, trained = peak_memory(self.device), dict.fromkeys(measures), encoders["trained"]
-        self.write("encoder.pt", lambda path: torch.save(trained.state_dict(), path))
+        images, encoders, autocast = self.images, self.encoders, self.autocast
+        memory, result = peak_memory(self.device), dict.fromkeys(measures)
+        self.save_encoder()                                                   # to --resume a finished run restores it
         if images.labelled:
             accuracies, features = linear_probe.evaluate(images, encoders, autocast, measures)
             result.update(accuracies)
             queries, candidates, (h, query_h) = images.test, images.labelled, features["trained"]
-            self.say("\n" + linear_probe.table(accuracies, self.method))
         else:
+            accuracies = {}
             self.say(f"\nno linear probe and no kNN: {images.unlabelled}")
             queries = candidates = images.centred
-            h = query_h = linear_probe.features(trained, candidates, autocast)
+            h = query_h = linear_probe.features(encoders["trained"], candidates, autocast)
+        sphere = linear_probe.on_the_sphere(queries, encoders, autocast)
+        result.update(sphere)
+        self.say("\n" + linear_probe.table(accuracies | sphere, self.method))
         self.write("neighbours.png", lambda path: pictures.neighbours(path, queries, query_h, candidates, h))
         result.update(more, seconds=sum(entry["seconds"] for entry in self.history), peak_memory=memory)
         self.write_json("result.json", result)
