@@ -341,6 +341,7 @@ def main(argv=None):
     run.ready("palette", f"{len(palette)} colours, off by {palette_error:.1f} of 255 (RMS)")
 
     torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)
     model = build_encoder(args, GCRL)
     model.set_palette(palette, first_pixels)
     model, encoder = model.to(device), build_encoder(args).to(device)

@@ -60,11 +60,11 @@ def plot(path, *panels, width=640, height=240, names=None):
             draw.text((left - 8, down(y)), f"{y:g}", "black", font, "rm")
         for x, text in (names or {x: f"{x:g}" for x in ticks(0, last, 1) if x <= last}).items():
             draw.text((at(x, 0)[0], bottom + 6), text, "black", font, "ma", align="center")
-        labels = [(points[-1][1], f"{points[-1][1]:.3g}", "royalblue")] * (not names)
+        labels = [(points[-1][1], f"{points[-1][1]:.4g}", "royalblue")] * (not names)
         for (name, y), colour in zip(levels.items(), ("firebrick", "darkgreen")):
             for x in range(left, right, 10):
                 draw.line((x, down(y), x + 5, down(y)), colour)
-            labels.append((y, f"{name} {y:.3g}", colour))
+            labels.append((y, f"{name} {y:.4g}", colour))
         draw.line([at(*point) for point in points], "royalblue", 2)
         for x, y in (at(*point) for point in points):
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), "royalblue")
