@@ -189,23 +189,21 @@ def rankme(h):
 
 
 def on_the_sphere(images, encoders, autocast, most=2000):
-    """{measure: {row: value}} of the four above for each encoder, {row: Module}, on at most so many of the images; not
-    of "pixels", which are white by construction.
+    """{measure: {row: value}} of the four above, of each encoder but "pixels", on at most so many of the images.
 
-    The two views are two corners of the image, each three quarters of its side, so that they are the same for all
-    methods: it is not the colours that are varied here, and nothing is drawn at random.
+    The two views are two corners of an image, each three quarters of its side: the same for all methods, and nothing is
+    drawn at random. So alignment tells nothing of colours.
     """
-    index, size = images.random_indices(most), images.shape[-1]
-    side, result = 3 * size // 4, {name: {} for name in ("feature_std", "alignment", "uniformity", "rankme")}
-    corners = [lambda x: F.interpolate(x[..., :side, :side], size=size, mode="bilinear"),
-               lambda x: F.interpolate(x[..., -side:, -side:], size=size, mode="bilinear")]
-    for row, encoder in encoders.items():
-        if row == "pixels":
-            continue
-        h = features(encoder, images, autocast, index=index)
-        a, b = (features(encoder, images, autocast, index=index, view=corner) for corner in corners)
-        for name, value in zip(result, (feature_std(h), alignment(a, b), uniformity(h), rankme(h))):
-            result[name][row] = value.item()
+    index, size, result = images.random_indices(most), images.shape[-1], {}
+
+    def corner(first, last):
+        return lambda x: F.interpolate(x[..., first:last, first:last], size=size, mode="bilinear")
+    views = (lambda x: x), corner(0, 3 * size // 4), corner(size - 3 * size // 4, size)
+    for row in [row for row in encoders if row != "pixels"]:
+        h, a, b = (features(encoders[row], images, autocast, index=index, view=view) for view in views)
+        for name, value in dict(feature_std=feature_std(h), alignment=alignment(a, b), uniformity=uniformity(h),
+                                rankme=rankme(h)).items():
+            result.setdefault(name, {})[row] = value.item()
     return result
 
 

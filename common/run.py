@@ -124,16 +124,17 @@ class Run:
         return self.tracked["progress"]
 
     def watch(self, images, autocast, encoders):
-        """What is judged, while it trains and at its end: to be called before `restore`, as each "trained" encoder is
-        copied as the "untrained" one.
+        """Names what is judged, in training and at the end. To be called after `progress` and before `restore`: what is
+        "trained" is copied as "untrained".
 
-        images: `data.Data`. encoders: {row of the table: Module}, among them "trained", the one that is kept.
+        images: `data.Data`. encoders: {row of the table: Module}, among them "trained", which encoder.pt keeps.
         """
-        untrained = copy.deepcopy({row: encoder for row, encoder in encoders.items() if row.startswith("trained")})
+        if self.rank > 0:                                                     # they wait for the first in the next step
+            return
+        self.images, self.autocast, copies = images, autocast, copy.deepcopy(encoders)
         for row, encoder in encoders.items():
-            self.encoders |= ({f"un{row}": untrained[row]} if row in untrained else {}) | {row: encoder}
-        self.images, self.autocast = images, autocast
-        if self.rank == 0 and images.labelled:                                # the others wait in their next step
+            self.encoders |= {f"un{row}": copies[row], row: encoder} if row.startswith("trained") else {row: encoder}
+        if images.labelled:
             self.tracked["progress"].monitor = Monitor(images, self.encoders, autocast, self.settings["knn_every"])
 
     def save_encoder(self):
@@ -214,25 +215,23 @@ class Run:
         """
         if self.rank > 0:
             return {}
-        images, encoders, autocast = self.images, self.encoders, self.autocast
-        memory, result = peak_memory(self.device), dict.fromkeys(measures)
-        self.save_encoder()                                                   # to --resume a finished run restores it
+        images, encoders, autocast, found = self.images, self.encoders, self.autocast, {}
+        memory, queries, candidates = peak_memory(self.device), images.test, images.labelled
+        self.save_encoder()                                                   # an old run may have none yet
         if images.labelled:
-            accuracies, features = linear_probe.evaluate(images, encoders, autocast, measures)
-            result.update(accuracies)
-            queries, candidates, (h, query_h) = images.test, images.labelled, features["trained"]
+            found, features = linear_probe.evaluate(images, encoders, autocast, measures)
+            h, query_h = features["trained"]
         else:
-            accuracies = {}
             self.say(f"\nno linear probe and no kNN: {images.unlabelled}")
             queries = candidates = images.centred
             h = query_h = linear_probe.features(encoders["trained"], candidates, autocast)
-        sphere = linear_probe.on_the_sphere(queries, encoders, autocast)
-        result.update(sphere)
-        self.say("\n" + linear_probe.table(accuracies | sphere, self.method))
+        found |= linear_probe.on_the_sphere(queries, encoders, autocast)
+        self.say("\n" + linear_probe.table(found, self.method))
         self.write("neighbours.png", lambda path: pictures.neighbours(path, queries, query_h, candidates, h))
-        result.update(more, seconds=sum(entry["seconds"] for entry in self.history), peak_memory=memory)
+        seconds = sum(entry["seconds"] for entry in self.history)
+        result = dict.fromkeys(measures) | found | more | {"seconds": seconds, "peak_memory": memory}
         self.write_json("result.json", result)
-        self.say(f"\ntrained in {clock(result['seconds'])}, peak memory {memory / 1e9:.1f} GB; results and pictures in "
+        self.say(f"\ntrained in {clock(seconds)}, peak memory {memory / 1e9:.1f} GB; results and pictures in "
                  f"{self.folder}")
         return result
 

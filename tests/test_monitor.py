@@ -63,10 +63,10 @@ def test_it_takes_a_twentieth_of_the_time(cost, epoch, monkeypatch):
     monkeypatch.setattr("common.progress.WhitenedPixels", lambda *_: None)
     monitor.encoders.update(untrained=None, trained=None)
 
-    def knn(encoder):
-        clock[0] += cost
-        return 0.5, torch.eye(2)
-    monkeypatch.setattr(monitor, "knn", knn)
+    def features(encoder, *_, index):
+        clock[0] += cost / 2                                                  # labelled images, test images
+        return torch.eye(4)
+    monkeypatch.setattr("common.progress.features", features)
     for i in range(1, 1001):
         if monitor.due(i, i * epoch):
             monitor.judge()
