@@ -225,15 +225,13 @@ def evaluate(images, encoders, autocast=contextlib.nullcontext(), measures=("lin
 
 def table(results, method):
     """The text that a person reads, accuracies in percent. results: {measure: {row: value}}."""
-    titles = {"linear": "linear", "knn": "kNN", "mlp": "MLP", "feature_std": "std", "alignment": "align",
-              "uniformity": "uniform", "rankme": "RankMe", "pixels": "whitened pixels (PCA)", "untrained": "untrained encoder", "trained": method}
-
-    def title(row):                                                           # "trained" or "trained LAYER"
+    titles = {"knn": "kNN", "mlp": "MLP", "feature_std": "std", "alignment": "align", "uniformity": "uniform",
+              "rankme": "RankMe",
+              "pixels": "whitened pixels (PCA)", "untrained": "untrained encoder", "trained": method}
+    lines = [f"{'':26}" + "".join(f"{titles.get(name, name):>8}" for name in results)]
+    for row in next(iter(results.values())):                                  # "trained" or "trained LAYER"
         kind, *layer = row.split(" ", 1)
-        return ", ".join([titles.get(kind, kind), *layer])
-    lines = [f"{'':26}" + "".join(f"{titles[name]:>8}" for name in results)]
-    for row in next(iter(results.values())):
         cells = (f"{100 * x[row]:8.1f}" if name in MEASURES else f"{x[row]:8.2f}" if row in x else ""
                  for name, x in results.items())
-        lines.append(f"{title(row):26}" + "".join(cells))
+        lines.append(f"{', '.join([titles.get(kind, kind), *layer]):26}" + "".join(cells))
     return "\n".join(lines)

@@ -47,7 +47,7 @@ def plot(path, *panels, width=640, height=240, names=None):
     for i, (title, points, levels) in enumerate(panels):
         top, bottom = i * height + 35, (i + 1) * height - (65 if names else 30)
         ys = [*levels.values(), *(y for _, y in points)]
-        scale = ticks(min(ys) if 2 * min(ys) > max(ys) else min(0, *ys), max(ys))             # from 0 where that is near
+        scale = ticks(min(ys) if 2 * min(ys) > max(ys) else min(0, *ys), max(ys))             # from 0 if that is near
 
         def down(y):
             return bottom - (bottom - top) * (y - scale[0]) / (scale[-1] - scale[0])

@@ -142,11 +142,11 @@ class Run:
             self.write("encoder.pt", lambda path: torch.save(self.encoders["trained"].state_dict(), path))
 
     def save(self, epoch, step):
-        """Writes encoder.pt and checkpoint.pt: training goes on at `step` of `epoch`."""
-        self.save_encoder()
+        """Writes checkpoint.pt, so that training goes on at `step` of `epoch`, and encoder.pt."""
         state = {name: thing.state_dict() for name, thing in self.tracked.items()}
         state.update(method=self.method, epoch=epoch, step=step, history=self.history)
         self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        self.save_encoder()
 
     def saved(self):
         return (self.folder / "checkpoint.pt").exists()

@@ -1,4 +1,4 @@
-"""What is seen while a script trains: kNN beside its floors, the curve, and an encoder that can be used before the end."""
+"""What is seen while a script trains: kNN beside its floors, the curve, and an encoder that is there before the end."""
 import json
 import math
 import os
@@ -137,7 +137,7 @@ def test_killed_and_judged(tiny, here, images):
     process = subprocess.Popen([sys.executable, ROOT / "simclr.py", *argv], cwd=here, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
-        while not Path("run/checkpoint.pt").exists():
+        while not Path("run/encoder.pt").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
     finally:

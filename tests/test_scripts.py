@@ -65,8 +65,8 @@ def test_log(script, finished):
     """One line an epoch with every metric and the rate, finite; the same epochs on the terminal."""
     run = finished(script)
     log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    metrics = {"feature_std", "knn", "uniformity", "rankme"} | {"gcrl": {"nats", "contrastive"}, "dim": {"local", "prior"}}.get(
-        script.__name__, {"loss"})
+    metrics = {"feature_std", "knn", "uniformity", "rankme"} | {
+        "gcrl": {"nats", "contrastive"}, "dim": {"local", "prior"}}.get(script.__name__, {"loss"})
     assert [entry["epoch"] for entry in log] == [1, 2]
     for entry in log:
         assert entry.keys() == metrics | {"epoch", "lr", "seconds"}
