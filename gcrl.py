@@ -341,14 +341,9 @@ def main(argv=None):
     run.ready("palette", f"{len(palette)} colours, off by {palette_error:.1f} of 255 (RMS)")
 
     torch.manual_seed(args.seed)
-    torch.manual_seed(args.seed)
-    model = build_encoder(args, GCRL)
-    model.set_palette(palette, first_pixels)
-    torch.manual_seed(args.seed)
     model = build_encoder(args, GCRL)
     model.set_palette(palette, first_pixels)
     model, encoder = model.to(device), build_encoder(args).to(device)
-    encoder.load_state_dict(model.state_dict(), strict=False, assign=True)    # the same tensors: it trains along
     encoder.load_state_dict(model.state_dict(), strict=False, assign=True)    # the same tensors: it trains along
     net = distributed.wrap(model, device, all_used=generate and contrast)
     net = torch.compile(net) if args.compile else net
