@@ -294,7 +294,7 @@ def main(argv=None):
     chance = math.log(1 + m) + (m * math.log1p(1 / m) if args.contrast == "nce" else 0)
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {len(pairs) * chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
-    run.watch(images, autocast, {"trained": model.encoder})
+    run.watch(autocast, {"trained": model.encoder})
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     if entries and first_epoch == first_step == 0:

@@ -292,7 +292,7 @@ def main(argv=None):
     chance = sum(math.log(args.batch_size * (rows - k) * rows) for k in ahead) / len(ahead)
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
-    run.watch(images, autocast, {"trained": model.encoder, "context": ContextEncoder(model)})
+    run.watch(autocast, {"trained": model.encoder, "context": ContextEncoder(model)})
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     with run:

@@ -451,7 +451,7 @@ def main(argv=None):
     if not multiscale:
         encoders["trained conv"] = nn.Sequential(encoder.lower, encoder.upper, nn.Flatten())
         encoders["trained Y"] = nn.Sequential(encoder, encoder.y)
-    run.watch(images, autocast, encoders)
+    run.watch(autocast, encoders)
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     with run:

@@ -360,7 +360,7 @@ def main(argv=None):
     notes |= {"contrastive": f"chance {math.log(2 * args.batch_size - 1):.3f}"} if contrast else {}
     progress = run.progress(args.epochs, len(batches), args.batch_size, notes)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
-    run.watch(images, autocast, {"trained": encoder})
+    run.watch(autocast, {"trained": encoder})
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     with run:

@@ -315,7 +315,7 @@ def main(argv=None):
     chance = math.log(1 + negatives) + (negatives * math.log1p(1 / negatives) if args.contrast == "nce" else 0)
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
-    run.watch(images, autocast, {"trained": model.query.encoder})
+    run.watch(autocast, {"trained": model.query.encoder})
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     if bank and first_epoch == first_step == 0:

@@ -314,7 +314,7 @@ def main(argv=None):
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
     projection = nn.Sequential(model.encoder, model.head)                     # z: worth less than h (section 4.2)
-    run.watch(images, autocast, {"trained": model.encoder, "projection": projection})
+    run.watch(autocast, {"trained": model.encoder, "projection": projection})
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     with run:

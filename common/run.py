@@ -66,10 +66,10 @@ class Run:
         if self.settings.get("store_size") and self.settings["dataset"] != "folder":
             raise Refusal("--store-size is for the photographs of --dataset folder: leave it out")
         place = data_dir or self.settings["data_dir"]
-        images = data.load(self.settings["dataset"], place, size, self.device, workers, cache_gb, seed, store_size)
-        batches = data.Batches(images.train, batch_size, seed, *distributed.rank_and_world())
-        self.ready("data", images)
-        return images, batches
+        self.images = data.load(self.settings["dataset"], place, size, self.device, workers, cache_gb, seed, store_size)
+        batches = data.Batches(self.images.train, batch_size, seed, *distributed.rank_and_world())
+        self.ready("data", self.images)
+        return self.images, batches
 
     # ---- files
 
@@ -123,19 +123,19 @@ class Run:
         self.track(progress=Progress(self, epochs, steps, batch_size, metrics))
         return self.tracked["progress"]
 
-    def watch(self, images, autocast, encoders):
+    def watch(self, autocast, encoders):
         """Names what is judged, in training and at the end. To be called after `progress` and before `restore`: what is
         "trained" is copied as "untrained".
 
-        images: `data.Data`. encoders: {row of the table: Module}, among them "trained", which encoder.pt keeps.
+        autocast: a context. encoders: {row of the table: Module}, among them "trained", which encoder.pt keeps.
         """
         if self.rank > 0:                                                     # they wait for the first in the next step
             return
-        self.images, self.autocast, copies = images, autocast, copy.deepcopy(encoders)
+        self.autocast, copies = autocast, copy.deepcopy(encoders)
         for row, encoder in encoders.items():
             self.encoders |= {f"un{row}": copies[row], row: encoder} if row.startswith("trained") else {row: encoder}
-        if images.labelled:
-            self.tracked["progress"].monitor = Monitor(images, self.encoders, autocast, self.settings["knn_every"])
+        if self.images.labelled:
+            self.tracked["progress"].monitor = Monitor(self.images, self.encoders, autocast, self.settings["knn_every"])
 
     def save_encoder(self):
         if self.encoders:
