@@ -182,9 +182,11 @@ def uniformity(h):
 
 def rankme(h):
     """The effective rank of features h (N, D), e to the entropy of their singular values: a scalar tensor in
-    [1, min(N, D)] (RankMe, Garrido et al. 2022, 2210.02885)."""
+    [1, min(N, D)] (RankMe, Garrido et al. 2022, 2210.02885); NaN where a feature is not finite."""
+    if not h.isfinite().all():                                                # svdvals would raise, and end a training
+        return torch.tensor(torch.nan)
     values = torch.linalg.svdvals(h.float().cpu())
-    p = values / values.sum() + 1e-7
+    p = values / values.sum().clamp(min=1e-12) + 1e-7
     return (-p * p.log()).sum().exp()
 
 

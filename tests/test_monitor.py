@@ -217,7 +217,9 @@ def test_rankme_is_the_entropy_of_the_singular_values(shape):
     expected = math.exp(-sum(q * math.log(q) for q in p if q > 0))
     assert linear_probe.rankme(z).item() == pytest.approx(expected, rel=1e-3)
     assert linear_probe.rankme(torch.eye(8)).item() == pytest.approx(8, rel=1e-4)
-    assert linear_probe.rankme(torch.ones(9, 4)).item() == pytest.approx(1, abs=1e-3)
+    for collapsed in (torch.ones(9, 4), torch.zeros(9, 4)):
+        assert linear_probe.rankme(collapsed).item() == pytest.approx(1, abs=1e-3)
+    assert math.isnan(linear_probe.rankme(torch.tensor([[math.inf, 0.0], [0.0, 1.0]])))
 
 
 def test_the_views_are_two_corners():
