@@ -278,11 +278,8 @@ def main(argv=None):
     entries = len(images.train) if args.dictionary == "memory-bank" else 0    # of each view's bank
     m, whole_bank = args.negatives or entries if entries else args.batch_size - 1, torch.arange(entries, device=device)
 
-    def new_model():
-        torch.manual_seed(args.seed)
-        return CMC(build_encoder(args), entries).to(device, memory_format=torch.channels_last)
-
-    model = new_model()
+    torch.manual_seed(args.seed)
+    model = CMC(build_encoder(args), entries).to(device, memory_format=torch.channels_last)
     pairs = pairs_of(args.graph, len(model.encoder.nets))
     net = distributed.wrap(model, device)
     net = torch.compile(net) if args.compile else net
@@ -297,6 +294,7 @@ def main(argv=None):
     chance = math.log(1 + m) + (m * math.log1p(1 / m) if args.contrast == "nce" else 0)
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {len(pairs) * chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
+    run.watch(autocast, {"trained": model.encoder})
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     if entries and first_epoch == first_step == 0:
@@ -327,7 +325,7 @@ def main(argv=None):
     index = images.train.random_indices(32)
     x = random_view(images.train.at(index), augment.Random(args.seed), aspect=images.train.aspect[index])
     run.picture("views.png", *([] if args.views_dir else [x]), *map(as_colours, split(x, model.encoder.views)))
-    return run.finish(images, {"untrained": new_model().encoder, "trained": model.encoder}, autocast)
+    return run.finish()
 
 
 if __name__ == "__main__":

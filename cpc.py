@@ -275,12 +275,9 @@ def main(argv=None):
               grid=f"{rows} x {rows}", ahead=f"{ahead.start} to {ahead.stop - 1}")
     images, batches = run.data(store_size=args.store_size or 2 * args.image_size)
 
-    def new_model():
-        torch.manual_seed(args.seed)
-        model = CPC(build_encoder(args), args.directions, ahead, args.context_width)
-        return model.to(device, memory_format=torch.channels_last)
-
-    model = new_model()
+    torch.manual_seed(args.seed)
+    model = CPC(build_encoder(args), args.directions, ahead, args.context_width)
+    model = model.to(device, memory_format=torch.channels_last)
     net = distributed.wrap(model, device)
     net = torch.compile(net) if args.compile else net
     run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
@@ -295,6 +292,7 @@ def main(argv=None):
     chance = sum(math.log(args.batch_size * (rows - k) * rows) for k in ahead) / len(ahead)
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
+    run.watch(autocast, {"trained": model.encoder, "context": ContextEncoder(model)})
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     with run:
@@ -321,8 +319,7 @@ def main(argv=None):
     plain = cut(images.centred.at(index).float() / 255, args.patch, args.stride)
     views = random_view(images.train.at(index), augment.Random(args.seed), aspect=images.train.aspect[index])
     run.picture("views.png", mosaic(plain), mosaic(views))
-    encoders = {"untrained": new_model().encoder, "trained": model.encoder, "context": ContextEncoder(model)}
-    return run.finish(images, encoders, autocast)
+    return run.finish()
 
 
 if __name__ == "__main__":

@@ -424,16 +424,13 @@ def main(argv=None):
     crops = args.views == 2 and args.image_size >= 64
     images, batches = run.data(store_size=2 * args.image_size if crops else None)
 
-    def new_model():
-        torch.manual_seed(args.seed)
-        if multiscale:
-            model = AMDIM(build_encoder(args), args.tasks)
-        else:
-            model = DIM(build_encoder(args), args.views, args.alpha, args.beta, args.gamma, args.estimator, args.critic,
-                        args.units)
-        return model.to(device, memory_format=torch.channels_last)
-
-    model = new_model()
+    torch.manual_seed(args.seed)
+    if multiscale:
+        model = AMDIM(build_encoder(args), args.tasks)
+    else:
+        model = DIM(build_encoder(args), args.views, args.alpha, args.beta, args.gamma, args.estimator, args.critic,
+                    args.units)
+    model = model.to(device, memory_format=torch.channels_last)
     net = distributed.wrap(model, device)
     net = torch.compile(net) if args.compile else net
     run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
@@ -450,6 +447,11 @@ def main(argv=None):
     notes = {name: f"chance {chance[name]:.3f}" if name in chance else "" for name in names}
     progress = run.progress(args.epochs, len(batches), args.batch_size, notes)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
+    encoders, encoder = {"trained": model.encoder}, model.encoder             # fc, or AMDIM's global vector
+    if not multiscale:
+        encoders["trained conv"] = nn.Sequential(encoder.lower, encoder.upper, nn.Flatten())
+        encoders["trained Y"] = nn.Sequential(encoder, encoder.y)
+    run.watch(autocast, encoders)
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     with run:
@@ -476,11 +478,7 @@ def main(argv=None):
     index, rng = images.train.random_indices(32), augment.Random(args.seed)
     views = random_views(images.train.at(index), rng, args.image_size, args.views, images.train.aspect[index])
     run.picture("views.png", *views.chunk(args.views))
-    encoders = {"untrained": new_model().encoder, "trained": model.encoder}   # fc, or AMDIM's global vector
-    for name, encoder in [] if multiscale else list(encoders.items()):
-        encoders[f"{name} conv"] = nn.Sequential(encoder.lower, encoder.upper, nn.Flatten())
-        encoders[f"{name} Y"] = nn.Sequential(encoder, encoder.y)
-    return run.finish(images, encoders, autocast, ("linear", "knn", "mlp"))
+    return run.finish(("linear", "knn", "mlp"))
 
 
 if __name__ == "__main__":

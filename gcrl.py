@@ -340,13 +340,11 @@ def main(argv=None):
     palette_error = 255 * error.square().mean().sqrt().item()
     run.ready("palette", f"{len(palette)} colours, off by {palette_error:.1f} of 255 (RMS)")
 
-    def new_model(kind):
-        torch.manual_seed(args.seed)
-        model = build_encoder(args, kind)
-        model.set_palette(palette, first_pixels)
-        return model.to(device)
-
-    model = new_model(GCRL)
+    torch.manual_seed(args.seed)
+    model = build_encoder(args, GCRL)
+    model.set_palette(palette, first_pixels)
+    model, encoder = model.to(device), build_encoder(args).to(device)
+    encoder.load_state_dict(model.state_dict(), strict=False, assign=True)    # the same tensors: it trains along
     net = distributed.wrap(model, device, all_used=generate and contrast)
     net = torch.compile(net) if args.compile else net
     run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
@@ -362,6 +360,7 @@ def main(argv=None):
     notes |= {"contrastive": f"chance {math.log(2 * args.batch_size - 1):.3f}"} if contrast else {}
     progress = run.progress(args.epochs, len(batches), args.batch_size, notes)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
+    run.watch(autocast, {"trained": encoder})
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     with run:
@@ -391,9 +390,7 @@ def main(argv=None):
             progress.end_epoch(epoch, lr=optimizer.param_groups[0]["lr"])
             first_step = 0
 
-    trained, result = new_model(Encoder), {"palette_error": palette_error}
-    trained.load_state_dict(model.state_dict(), strict=False)                 # all but decoder and head
-    rng, held = augment.Random(args.seed), images.test or images.train
+    rng, held, result = augment.Random(args.seed), images.test or images.train, {"palette_error": palette_error}
     x = images.train.at(images.train.random_indices(32)).to(device)
     views = weak_view(x, rng), strong_view(x, rng, args.crop_min, args.jitter)
     run.picture("views.png", *(model.images(model.tokens(view)) for view in views))
@@ -411,7 +408,7 @@ def main(argv=None):
         given = model.tokens(held.at(held.random_indices(32)).to(device))
         completed = model.sample(len(given), given=given, rows=args.image_size // 2, generator=generator)
         run.picture("completions.png", model.images(given), model.images(completed))
-    return run.finish(images, {"untrained": new_model(Encoder), "trained": trained}, autocast, **result)
+    return run.finish(**result)
 
 
 if __name__ == "__main__":

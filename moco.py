@@ -293,13 +293,10 @@ def main(argv=None):
         raise Refusal(f"--negatives {args.negatives} is more than a quarter of the {n} images, so that a query often "
                       f"meets keys of its own image as negatives: give {n // 4} at most")
 
-    def new_model():
-        torch.manual_seed(args.seed)
-        query = EncoderWithHead(args.arch, args.stem, args.width, args.head, max(1, args.bn_groups // world))
-        model = MoCo(query, args.dictionary, n if bank else args.negatives, args.m, args.bank_m, contrast=args.contrast)
-        return model.to(device, memory_format=torch.channels_last)
-
-    model = new_model()
+    torch.manual_seed(args.seed)
+    query = EncoderWithHead(args.arch, args.stem, args.width, args.head, max(1, args.bn_groups // world))
+    model = MoCo(query, args.dictionary, n if bank else args.negatives, args.m, args.bank_m, contrast=args.contrast)
+    model = model.to(device, memory_format=torch.channels_last)
     net = distributed.wrap(model, device, sync_batch_norm=args.bn_groups == 1)
     net = torch.compile(net) if args.compile else net
     run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
@@ -318,6 +315,7 @@ def main(argv=None):
     chance = math.log(1 + negatives) + (negatives * math.log1p(1 / negatives) if args.contrast == "nce" else 0)
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
+    run.watch(autocast, {"trained": model.query.encoder})
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     if bank and first_epoch == first_step == 0:
@@ -360,7 +358,7 @@ def main(argv=None):
     index, rng = images.train.random_indices(32), augment.Random(args.seed)
     x, aspect = images.train.at(index), images.train.aspect[index]
     run.picture("views.png", *(random_view(x, rng, aspect=aspect) for _ in range(2)))
-    return run.finish(images, {"untrained": new_model().query.encoder, "trained": model.query.encoder}, autocast)
+    return run.finish()
 
 
 if __name__ == "__main__":

@@ -283,14 +283,11 @@ def main(argv=None):
     if args.loss == "supervised" and images.train.labels is None:
         raise Refusal(f"--loss supervised needs labels, which the training images of {args.dataset} have not")
 
-    def new_model():
-        torch.manual_seed(args.seed)
-        dim, head = args.projection_dim, args.head
-        if args.loss == "supervised":                                         # z is the logits
-            dim, head = len(images.classes), "linear"
-        return SimCLR(build_encoder(args), dim, head).to(device, memory_format=torch.channels_last)
-
-    model = new_model()
+    torch.manual_seed(args.seed)
+    dim, head = args.projection_dim, args.head
+    if args.loss == "supervised":                                             # z is the logits
+        dim, head = len(images.classes), "linear"
+    model = SimCLR(build_encoder(args), dim, head).to(device, memory_format=torch.channels_last)
     net = distributed.wrap(model, device)
     net = torch.compile(net) if args.compile else net
     run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
@@ -316,6 +313,8 @@ def main(argv=None):
                        math.log(max(1, len(images.classes))))}[args.loss]
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
+    projection = nn.Sequential(model.encoder, model.head)                     # z: worth less than h (section 4.2)
+    run.watch(autocast, {"trained": model.encoder, "projection": projection})
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     with run:
@@ -344,9 +343,7 @@ def main(argv=None):
     index, rng = images.train.random_indices(32), augment.Random(args.seed)
     x, aspect = images.train.at(index), images.train.aspect[index]
     run.picture("views.png", random_view(x, rng, aspect=aspect), other_view(x, rng, aspect=aspect))
-    projection = nn.Sequential(model.encoder, model.head)                     # z: worth less than h (section 4.2)
-    encoders = {"untrained": new_model().encoder, "trained": model.encoder, "projection": projection}
-    return run.finish(images, encoders, autocast)
+    return run.finish()
 
 
 if __name__ == "__main__":

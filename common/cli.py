@@ -11,7 +11,7 @@ import torch
 
 from . import Refusal, data
 
-FREE_ON_RESUME = {"help", "resume", "device", "compile", "workers", "data_dir", "cache_gb"}
+FREE_ON_RESUME = {"help", "resume", "device", "compile", "workers", "data_dir", "cache_gb", "knn_every"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,6 +72,8 @@ class RunParser(Parser):
         add("--workers", type=in_interval("[0, inf)", int), default=cores(), help="processes that decode images")
         add("--cache-gb", type=in_interval("[0, inf)", float), default=8.0,
             help="GB of decoded images kept on the device; more is streamed")
+        add("--knn-every", type=in_interval("[1, inf)", int), metavar="N", help="epochs from one kNN on the test "
+            "images to the next, and one after the last (default: so many that it takes at most 5 %% of the time)")
         add("--out", help="folder of the run; by default the next free runs/METHOD-DATASET-SEED")
         add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
 

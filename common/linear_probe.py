@@ -109,25 +109,26 @@ def knn(train_x, train_y, test_x, test_y, k=200, tau=0.1):
 
 
 @torch.no_grad()
-def features(encoder, images, autocast=contextlib.nullcontext(), batch_size=512):
+def features(encoder, images, autocast=contextlib.nullcontext(), batch_size=512, index=None, view=lambda x: x):
     """What the encoder makes of every image, in order: (N, D) floats on the device.
 
     encoder: a Module, RGB (B, 3, S, S) in [0, 1] to (B, D). It is put into eval mode meanwhile, and its parts back into
-    the modes they had; nothing else of it changes. images: `data.Images`. autocast: a context.
+    the modes they had; nothing else of it changes. images: `data.Images`. autocast: a context. index: which of the
+    images, (N,) on the CPU; all without it. view: a function that the images go through first.
     """
-    return torch.cat(list(encoded(encoder, images, autocast, batch_size)))
+    return torch.cat(list(encoded(encoder, images, autocast, batch_size, index, view)))
 
 
 @torch.no_grad()
-def encoded(encoder, images, autocast=contextlib.nullcontext(), batch_size=512):
+def encoded(encoder, images, autocast=contextlib.nullcontext(), batch_size=512, index=None, view=lambda x: x):
     """`features` batch by batch: yields (B, D)."""
     modes = {part: part.training for part in encoder.modules()}
     encoder.eval()
     try:
-        index = torch.arange(len(images)).split(batch_size)
-        for x in told(images.batches(index), len(index), f"batches of {batch_size} images encoded"):
+        parts = (torch.arange(len(images)) if index is None else index).split(batch_size)
+        for x in told(images.batches(parts), len(parts), f"batches of {batch_size} images encoded"):
             with autocast:
-                h = encoder((x.float() / 255).contiguous(memory_format=torch.channels_last)).float()
+                h = encoder(view(x.float() / 255).contiguous(memory_format=torch.channels_last)).float()
             yield h
     finally:
         for part, training in modes.items():
@@ -160,6 +161,63 @@ class WhitenedPixels(torch.nn.Module):
             return (self.flat(x) - self.mean) @ self.axes
 
 
+# ---- without labels: how features lie on the sphere
+
+
+def feature_std(h):
+    """The standard deviation of unit features: of h (N, D), the root mean square distance of h / |h| from its mean, a
+    scalar tensor in [0, 1].
+
+    0 where all images have one direction (collapse), near 1 where directions fill the sphere. sqrt(D) times the mean
+    over the dimensions that SimSiam (Chen & He 2020, 2011.10566) plots, if all dimensions vary alike.
+    """
+    h = F.normalize(h.detach().float(), dim=1)
+    return (1 - h.mean(dim=0).square().sum()).clamp(min=0).sqrt()
+
+
+def alignment(a, b):
+    """Mean squared distance of the unit features of two views, a and b (N, D), of the same images: a scalar tensor in
+    [0, 4], 0 where views do not matter (Wang & Isola 2020, 2005.10242, alpha 2)."""
+    return (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(dim=1).mean()
+
+
+def uniformity(h):
+    """Log of the mean of e^(-2 d^2) over the pairs of different images, d the distance of their unit features, h
+    (N, D): a scalar tensor from 0 (one point) down to about -4 (all over the sphere) (Wang & Isola, t 2)."""
+    h = F.normalize(h.float(), dim=1)
+    d2 = (2 - 2 * h @ h.T).clamp(min=0)[~torch.eye(len(h), dtype=torch.bool, device=h.device)]
+    return (-2 * d2).exp().mean().log() if len(h) > 1 else torch.zeros(())
+
+
+def rankme(h):
+    """The effective rank of features h (N, D), e to the entropy of their singular values: a scalar tensor in
+    [1, min(N, D)] (RankMe, Garrido et al. 2022, 2210.02885); NaN where a feature is not finite."""
+    if not h.isfinite().all():                                                # svdvals would raise, and end a training
+        return torch.tensor(torch.nan)
+    values = torch.linalg.svdvals(h.float().cpu())
+    p = values / values.sum().clamp(min=1e-12) + 1e-7
+    return (-p * p.log()).sum().exp()
+
+
+def on_the_sphere(images, encoders, autocast, most=2000):
+    """{measure: {row: value}} of the four above, of each encoder but "pixels", on at most so many of the images.
+
+    The two views are two corners of an image, each three quarters of its side: the same for all methods, and nothing is
+    drawn at random. So alignment tells nothing of colours.
+    """
+    index, size, result = images.random_indices(most), images.shape[-1], {}
+
+    def corner(first, last):
+        return lambda x: F.interpolate(x[..., first:last, first:last], size=size, mode="bilinear")
+    views = (lambda x: x), corner(0, 3 * size // 4), corner(size - 3 * size // 4, size)
+    for row in [row for row in encoders if row != "pixels"]:
+        h, a, b = (features(encoders[row], images, autocast, index=index, view=view) for view in views)
+        for name, value in dict(feature_std=feature_std(h), alignment=alignment(a, b), uniformity=uniformity(h),
+                                rankme=rankme(h)).items():
+            result.setdefault(name, {})[row] = value.item()
+    return result
+
+
 MEASURES = {"linear": linear_probe, "knn": knn, "mlp": mlp}
 
 
@@ -169,7 +227,7 @@ def evaluate(images, encoders, autocast=contextlib.nullcontext(), measures=("lin
     encoders: {row: Module}, see `features`. Returns {measure: {row: accuracy}} with the rows "pixels" and the
     encoders', and {row: (labelled features, test features)}.
     """
-    encoders = {"pixels": WhitenedPixels(images.labelled), **encoders}
+    encoders = {"pixels": encoders.get("pixels") or WhitenedPixels(images.labelled)} | encoders
     x = {row: [features(encoder, part, autocast) for part in (images.labelled, images.test)]
          for row, encoder in encoders.items()}
     return {name: {row: MEASURES[name](train_x, images.labelled.labels, test_x, images.test.labels)
@@ -177,16 +235,16 @@ def evaluate(images, encoders, autocast=contextlib.nullcontext(), measures=("lin
 
 
 def table(results, method):
-    """The text that a person reads, in percent."""
-    titles = {"linear": "linear", "knn": "kNN", "mlp": "MLP",
+    """The text that a person reads, accuracies in percent. results: {measure: {row: value}}."""
+    titles = {"knn": "kNN", "mlp": "MLP", "feature_std": "std", "alignment": "align", "uniformity": "uniform",
+              "rankme": "RankMe",
               "pixels": "whitened pixels (PCA)", "untrained": "untrained encoder", "trained": method}
-
-    def title(row):                                                           # "trained" or "trained LAYER"
+    lines = [f"{'':26}" + "".join(f"{titles.get(name, name):>8}" for name in results)]
+    for row in next(iter(results.values())):                                  # "trained" or "trained LAYER"
         kind, *layer = row.split(" ", 1)
-        return ", ".join([titles.get(kind, kind), *layer])
-    lines = [f"{'':26}" + "".join(f"{titles[name]:>8}" for name in results)]
-    lines += [f"{title(row):26}" + "".join(f"{100 * accuracies[row]:8.1f}" for accuracies in results.values())
-              for row in next(iter(results.values()))]
+        cells = (f"{100 * x[row]:8.1f}" if name in MEASURES else f"{x[row]:8.2f}" if row in x else ""
+                 for name, x in results.items())
+        lines.append(f"{', '.join([titles.get(kind, kind), *layer]):26}" + "".join(cells))
     return "\n".join(lines)
 
 

@@ -1,15 +1,16 @@
-"""What is on the terminal, or in a log file, while a script trains."""
+"""What is on the terminal, in a log file and in curve.png while a script trains."""
 import math
 import time
 
 import torch
-import torch.nn.functional as F
 
-from . import Refusal
+from . import Refusal, pictures
+from .linear_probe import WhitenedPixels, feature_std, features, knn, rankme, uniformity
 
 COLLAPSED = 0.01  # a feature standard deviation below this is one point up to noise
 FIRST_LINE, LATER_LINES = 10.0, 60.0  # seconds after the first step, and between lines
 LONG = 3 * 3600  # seconds of training after which a run is told of --small
+SHARE = 0.05  # of the time, that a monitor takes
 
 
 class Progress:
@@ -20,12 +21,13 @@ class Progress:
     """
 
     def __init__(self, run, epochs, steps, batch_size, metrics):
-        """steps: of an epoch. metrics: {name: note} of what `update` is given, the note a chance level or ""."""
+        """steps: of an epoch. metrics: {name: note} of what `update` is given; a note is "" or ends in the value that
+        is reached by chance."""
         self.run, self.epochs, self.steps, self.images = run, epochs, steps, steps * batch_size
-        self.metrics = metrics | {"feature_std": ""}
+        self.metrics, self.monitor = metrics | {"feature_std": ""}, None
         self.pending, self.sums, self.seconds, self.last = [], [0.0] * len(self.metrics), 0.0, None
         self.read_at = self.line_at = self.first_at = None                    # set by the first step
-        self.first_seconds, self.done, self.lines = 0.0, 0, 0                 # of the first step; steps after it
+        self.done, self.lines, self.trained = 0, 0, 0.0                       # steps after the first; seconds of epochs
 
     def state_dict(self):
         self.read()
@@ -33,6 +35,10 @@ class Progress:
 
     def load_state_dict(self, state):
         self.sums, self.seconds = state["sums"], state["seconds"]
+
+    def now(self):
+        """The clock of training, which stands still while the monitor works."""
+        return time.perf_counter() - (self.monitor.seconds if self.monitor else 0.0)
 
     def update(self, epoch, step, h, **values):
         """After a step: h (N, D), the features of its batch, and a scalar tensor for each of the metrics.
@@ -44,13 +50,13 @@ class Progress:
         if self.first_at is None:
             self.read_at = self.run.since
             self.read()
-            self.first_at, self.first_seconds = self.read_at, self.read_at - self.run.since
+            self.first_at = self.read_at
             # Where nothing is compiled or loaded in it, a slow first step is as slow as the next and said at once.
             like_others = self.run.device.type == "cpu" and not self.run.settings["compile"]
             self.line_at = FIRST_LINE + (self.run.since if like_others else self.first_at)
         else:
             self.done += 1
-        now = time.perf_counter()
+        now = self.now()
         if now > self.line_at:
             self.read()
             self.run.say(f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.steps}  {self.text(self.last)}  "
@@ -75,10 +81,8 @@ class Progress:
                     "nothing was saved yet"
                 raise Refusal(f"the loss is not finite at step {at} of epoch {epoch + 1}: lower --lr ({kept})")
             self.sums = [s + v for s, v in zip(self.sums, row)]
-        self.pending, self.last = [], rows[-1]
-        now = time.perf_counter()
-        self.seconds += now - self.read_at
-        self.read_at = now
+        self.pending, self.last, now = [], rows[-1], self.now()
+        self.seconds, self.read_at = self.seconds + now - self.read_at, now
 
     def text(self, values):
         words = [f"{name.replace('_', ' ')} {value:.3f}{f' ({note})' if note else ''}"
@@ -87,7 +91,7 @@ class Progress:
 
     def step_seconds(self):
         """The mean of the steps that are read but the first, which also compiles and allocates."""
-        return (self.read_at - self.first_at) / self.done if self.done else self.first_seconds
+        return (self.read_at - self.first_at) / self.done if self.done else self.first_at - self.run.since
 
     def left(self):
         """Seconds to the end of training, at the speed so far."""
@@ -101,25 +105,66 @@ class Progress:
                          f"networks and batches, fewer epochs) it takes about one, for 50,000 images on two CPU cores.")
 
     def end_epoch(self, epoch, **more):
-        """Prints the epoch's means, logs them with whatever more there is, and saves a checkpoint."""
-        means = [s / self.steps for s in self.sums]
-        self.run.say(f"epoch {epoch + 1}/{self.epochs}  {self.text(means)}  "
+        """Prints the epoch's means, logs them with whatever more there is, draws curve.png and saves a checkpoint."""
+        means, words = [s / self.steps for s in self.sums], ""
+        self.trained += self.seconds
+        if self.monitor and (epoch + 1 == self.epochs or self.monitor.due(epoch + 1, self.trained)):
+            more |= self.monitor.judge()
+            words = "kNN {trained:.1f} % (pixels {pixels:.1f}, untrained {untrained:.1f})  ".format(**self.monitor.knn)
+        self.run.say(f"epoch {epoch + 1}/{self.epochs}  {self.text(means)}  {words}"
                      f"{self.images / max(self.seconds, 1e-9):,.0f} images/s  "
                      f"{clock((self.epochs - epoch - 1) * self.seconds)} left")
         self.run.log(epoch=epoch + 1, **dict(zip(self.metrics, means)), **more, seconds=round(self.seconds, 3))
         self.sums, self.seconds = [0.0] * len(self.metrics), 0.0
+        self.run.write("curve.png", self.draw)
         self.run.save(epoch + 1, 0)
 
+    def draw(self, path):
+        """Each loss with its value by chance, and kNN with its floors, over the epochs in the log."""
+        def points(name, scale=1):
+            return [(entry["epoch"], scale * entry[name]) for entry in self.run.history if name in entry]
+        panels = [(f"{name} by epoch", points(name), {"chance": float(note.split()[-1])} if note else {})
+                  for name, note in self.metrics.items() if name != "feature_std"]
+        if self.monitor and self.monitor.knn:
+            levels = {"whitened pixels": self.monitor.knn["pixels"], "untrained encoder": self.monitor.knn["untrained"]}
+            panels.append(("kNN on test images by epoch, %", [(0, levels["untrained encoder"]), *points("knn", 100)],
+                           levels))
+        pictures.plot(path, *panels)
 
-def feature_std(h):
-    """The standard deviation of unit features: of h (N, D), the root mean square distance of h / |h| from its mean, a
-    scalar tensor in [0, 1].
 
-    0 where all images have one direction (collapse), near 1 where directions fill the sphere. sqrt(D) times the mean
-    over the dimensions that SimSiam (Chen & He 2020, 2011.10566) plots, if all dimensions vary alike.
+class Monitor:
+    """What the encoder is worth while it trains: kNN on test images beside its two floors.
+
+    Of at most 10,000 labelled and 2,000 test images, the same for all three; the table at the end has all images. It
+    draws no random number, so that a run's weights are the same bit for bit as without it.
     """
-    h = F.normalize(h.detach().float(), dim=1)
-    return (1 - h.mean(dim=0).square().sum()).clamp(min=0).sqrt()
+
+    def __init__(self, images, encoders, autocast, every=None):
+        """images: `data.Data` with labels. encoders: {"untrained": Module, "trained": Module}; "pixels" is added when
+        they are fitted. every: epochs, or None: as often as the `SHARE` of the time allows."""
+        self.parts = [(part, part.random_indices(most).sort().values)
+                      for part, most in ((images.labelled, 10_000), (images.test, 2_000))]
+        self.encoders, self.autocast, self.every, self.knn = encoders, autocast, every, {}    # {row: percent}
+        self.seconds, self.cost = 0.0, 0.0                                    # of all judgements; of an encoder's
+
+    def due(self, epoch, trained):
+        """After how many epochs, and seconds of training."""
+        return epoch % self.every == 0 if self.every else self.seconds + self.cost <= SHARE * trained
+
+    def judge(self):
+        """{"knn": accuracy, "uniformity": , "rankme": } of the encoder as it is now. The first time also the floors."""
+        start, rows = time.perf_counter(), ("trained",) if self.knn else ("pixels", "untrained", "trained")
+        if not self.knn:
+            self.encoders["pixels"] = WhitenedPixels(self.parts[0][0])
+        y, test_y = (part.labels[index.to(part.device)] for part, index in self.parts)
+        for row in rows:
+            x, test_x = (features(self.encoders[row], part, self.autocast, index=index) for part, index in self.parts)
+            accuracy = knn(x, y, test_x, test_y)
+            self.knn[row] = 100 * accuracy
+        found = {"knn": accuracy, "uniformity": uniformity(test_x).item(), "rankme": rankme(test_x).item()}
+        taken = time.perf_counter() - start
+        self.seconds, self.cost = self.seconds + taken, taken / len(rows)
+        return found
 
 
 def clock(seconds):

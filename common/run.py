@@ -1,5 +1,6 @@
 """A run's folder: settings, log, and a checkpoint that survives a kill at any moment."""
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -15,7 +16,7 @@ import torch
 import torchvision
 
 from . import Refusal, data, distributed, linear_probe, pictures
-from .progress import Progress, clock
+from .progress import Monitor, Progress, clock
 
 
 class Run:
@@ -33,6 +34,7 @@ class Run:
         """
         self.method, self.settings, self.device, self.rank = Path(script).stem, settings, device, rank
         self.tracked, self.history, self.signal, self.since = {}, [], None, time.perf_counter()
+        self.encoders = {}
         self.resumed, self.facts = bool(settings["resume"]), facts
         self.folder = Path(settings["resume"]) if self.resumed else None
         if settings["out"] and not self.resumed and rank == 0:
@@ -64,10 +66,10 @@ class Run:
         if self.settings.get("store_size") and self.settings["dataset"] != "folder":
             raise Refusal("--store-size is for the photographs of --dataset folder: leave it out")
         place = data_dir or self.settings["data_dir"]
-        images = data.load(self.settings["dataset"], place, size, self.device, workers, cache_gb, seed, store_size)
-        batches = data.Batches(images.train, batch_size, seed, *distributed.rank_and_world())
-        self.ready("data", images)
-        return images, batches
+        self.images = data.load(self.settings["dataset"], place, size, self.device, workers, cache_gb, seed, store_size)
+        batches = data.Batches(self.images.train, batch_size, seed, *distributed.rank_and_world())
+        self.ready("data", self.images)
+        return self.images, batches
 
     # ---- files
 
@@ -121,11 +123,30 @@ class Run:
         self.track(progress=Progress(self, epochs, steps, batch_size, metrics))
         return self.tracked["progress"]
 
+    def watch(self, autocast, encoders):
+        """Names what is judged, in training and at the end. To be called after `progress` and before `restore`: what is
+        "trained" is copied as "untrained".
+
+        autocast: a context. encoders: {row of the table: Module}, among them "trained", which encoder.pt keeps.
+        """
+        if self.rank > 0:                                                     # they wait for the first in the next step
+            return
+        self.autocast, copies = autocast, copy.deepcopy(encoders)
+        for row, encoder in encoders.items():
+            self.encoders |= {f"un{row}": copies[row], row: encoder} if row.startswith("trained") else {row: encoder}
+        if self.images.labelled:
+            self.tracked["progress"].monitor = Monitor(self.images, self.encoders, autocast, self.settings["knn_every"])
+
+    def save_encoder(self):
+        if self.encoders:
+            self.write("encoder.pt", lambda path: torch.save(self.encoders["trained"].state_dict(), path))
+
     def save(self, epoch, step):
-        """Writes checkpoint.pt: training goes on at `step` of `epoch`."""
+        """Writes checkpoint.pt, so that training goes on at `step` of `epoch`, and encoder.pt."""
         state = {name: thing.state_dict() for name, thing in self.tracked.items()}
         state.update(method=self.method, epoch=epoch, step=step, history=self.history)
         self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        self.save_encoder()
 
     def saved(self):
         return (self.folder / "checkpoint.pt").exists()
@@ -186,30 +207,31 @@ class Run:
         self.say(f"\nstopped and saved at step {step} of epoch {epoch + 1}; go on with --resume {self.folder}")
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
-    def finish(self, images, encoders, autocast, measures=("linear", "knn"), **more):
-        """Writes encoder.pt, evaluates the encoders (`linear_probe.evaluate`), prints the table, and writes result.json
-        and neighbours.png. Returns the results; in all but the first process it does nothing and returns {}.
+    def finish(self, measures=("linear", "knn"), **more):
+        """Evaluates the encoders (`linear_probe.evaluate`), prints the table, and writes result.json and
+        neighbours.png. Returns the results; in all but the first process it does nothing and returns {}.
 
-        images: `data.Data`. encoders: {row of the table: Module}, among them "untrained" and "trained", the one that is
-        kept. measures: of `linear_probe.MEASURES`. more: further results.
+        measures: of `linear_probe.MEASURES`. more: further results.
         """
         if self.rank > 0:
             return {}
-        memory, result, trained = peak_memory(self.device), dict.fromkeys(measures), encoders["trained"]
-        self.write("encoder.pt", lambda path: torch.save(trained.state_dict(), path))
+        images, encoders, autocast, found = self.images, self.encoders, self.autocast, {}
+        memory, queries, candidates = peak_memory(self.device), images.test, images.labelled
+        self.save_encoder()                                                   # an old run may have none yet
         if images.labelled:
-            accuracies, features = linear_probe.evaluate(images, encoders, autocast, measures)
-            result.update(accuracies)
-            queries, candidates, (h, query_h) = images.test, images.labelled, features["trained"]
-            self.say("\n" + linear_probe.table(accuracies, self.method))
+            found, features = linear_probe.evaluate(images, encoders, autocast, measures)
+            h, query_h = features["trained"]
         else:
             self.say(f"\nno linear probe and no kNN: {images.unlabelled}")
             queries = candidates = images.centred
-            h = query_h = linear_probe.features(trained, candidates, autocast)
+            h = query_h = linear_probe.features(encoders["trained"], candidates, autocast)
+        found |= linear_probe.on_the_sphere(queries, encoders, autocast)
+        self.say("\n" + linear_probe.table(found, self.method))
         self.write("neighbours.png", lambda path: pictures.neighbours(path, queries, query_h, candidates, h))
-        result.update(more, seconds=sum(entry["seconds"] for entry in self.history), peak_memory=memory)
+        seconds = sum(entry["seconds"] for entry in self.history)
+        result = dict.fromkeys(measures) | found | more | {"seconds": seconds, "peak_memory": memory}
         self.write_json("result.json", result)
-        self.say(f"\ntrained in {clock(result['seconds'])}, peak memory {memory / 1e9:.1f} GB; results and pictures in "
+        self.say(f"\ntrained in {clock(seconds)}, peak memory {memory / 1e9:.1f} GB; results and pictures in "
                  f"{self.folder}")
         return result
 

@@ -4,11 +4,15 @@ Medians; alternatives are timed in turn, so that a noisy machine disturbs both. 
 gcrl.py of another checkout, in DIR, in turn with this one.
 """
 import argparse
+import contextlib
 import importlib
+import io
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +28,7 @@ import gcrl  # noqa: E402
 import moco  # noqa: E402
 import simclr  # noqa: E402
 from common import augment, cli, resnet, transformer  # noqa: E402
-from common.run import peak_memory  # noqa: E402
+from common.run import Run, peak_memory  # noqa: E402
 
 
 def medians(device, repeats, *functions):
@@ -194,6 +198,16 @@ def bench_dim(device, autocast, n, repeats, width):
     show(f"dim, local, the paper's encoder of width {width}: full step, images/s", f"{n / full:.0f}")
     show("  bare encoder, forward and backward, images/s", f"{n / encoder:.0f}")
     show("  step / bare encoder (the step scores with 2048 units at 64 places)", f"{full / encoder:.2f}")
+
+
+def bench_monitor(device):
+    """What kNN takes of the time of `python simclr.py`, with its floors."""
+    with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()),
+          mock.patch.object(Run, "finish", autospec=True) as finish):
+        simclr.main(["--device", device, "--out", f"{folder}/run"])
+    progress = finish.call_args.args[0].tracked["progress"]
+    share = progress.monitor.seconds / (progress.trained + progress.monitor.seconds)
+    show("simclr on shapes: kNN while it trains, share of the time", f"{share:.3f}", "goal 0.05")
 
 
 def bench_augmentation(device, n, repeats):
@@ -384,8 +398,8 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--width", type=int, default=64, help="of ResNet-18")
-    parser.add_argument("--only", nargs="+", default=None, help="of simclr, moco, cmc, cpc, dim, augmentation, gcrl, "
-                        "attention")
+    parser.add_argument("--only", nargs="+", default=None, help="of simclr, moco, cmc, cpc, dim, monitor, "
+                        "augmentation, gcrl, attention")
     parser.add_argument("--beside", default=None, metavar="DIR", help="another checkout: its gcrl.py is timed in turn")
     args = parser.parse_args()
     device = cli.pick_device(args.device)
@@ -400,6 +414,7 @@ def main():
         "cmc": lambda: bench_cmc(device, autocast, args.batch_size, args.repeats, args.width // 2),
         "cpc": lambda: bench_cpc(device, autocast, args.batch_size // 2, args.repeats, args.width // 4),
         "dim": lambda: bench_dim(device, autocast, args.batch_size, args.repeats, args.width),
+        "monitor": lambda: bench_monitor(device),
         "augmentation": lambda: bench_augmentation(device, 512, args.repeats),
         "gcrl": lambda: (
             bench_gcrl_memory(device, amp),

@@ -75,7 +75,7 @@ def tiny(images):
         name = getattr(script, "__name__", script)
         flags = re.sub("--negatives 1[02]", "", TINY[name]) if "end-to-end" in more else TINY[name]
         return [*f"--dataset folder --data-dir {images} --batch-size 8 --epochs 2 --workers 0 --device cpu --amp off "
-                f"{flags}".split(), *map(str, more)]
+                f"--knn-every 1 {flags}".split(), *map(str, more)]
     return argv
 
 
@@ -90,9 +90,9 @@ def finished(tiny, tmp_path_factory):
         script, folder, stdout, found = importlib.import_module(name), tmp_path_factory.mktemp(name), io.StringIO(), {}
         finish = script.Run.finish
 
-        def wrapped(self, images, encoders, *args, **kwargs):
+        def wrapped(self, *args, **kwargs):
             found["model"] = self.tracked["model"]
-            return finish(self, images, encoders, *args, **kwargs)
+            return finish(self, *args, **kwargs)
 
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
             patch.setattr(script.Run, "finish", wrapped)

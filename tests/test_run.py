@@ -300,8 +300,9 @@ SOME, ONE = torch.eye(2), torch.ones(2, 2)  # features that differ, and those of
 def progress():
     logged = []
     run = SimpleNamespace(rank=0, folder="run", saved=lambda: True, log=lambda **entry: logged.append(entry),
-                          since=time.perf_counter(), device=CPU, say=print, stop_requested=lambda: False,
-                          save=lambda *_: None, settings={"small": False, "dataset": "cifar10", "compile": False})
+                          write=lambda *_: None, since=time.perf_counter(), device=CPU, say=print,
+                          stop_requested=lambda: False, save=lambda *_: None,
+                          settings={"small": False, "dataset": "cifar10", "compile": False})
     return Progress(run, 3, 4, 10, {"loss": "chance 1.0"}), logged
 
 

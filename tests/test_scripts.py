@@ -38,7 +38,8 @@ def command(name, argv, cwd):
 def test_run_folder(script, finished):
     """main returns what result.json holds; the folder holds settings, log, weights and pictures, and no leftovers."""
     run = finished(script)
-    names = {"args.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "result.json", "views.png", "neighbours.png"}
+    names = {"args.json", "log.jsonl", "checkpoint.pt", "encoder.pt", "result.json", "views.png", "neighbours.png",
+             "curve.png"}
     names |= {"samples.png", "completions.png"} if script is gcrl else set()
     assert {p.name for p in run.folder.iterdir()} == names
     assert json.loads((run.folder / "result.json").read_text()) == run.metrics
@@ -47,6 +48,8 @@ def test_run_folder(script, finished):
     for measure in ("linear", "knn", "mlp") if script is dim else ("linear", "knn"):
         assert run.metrics[measure].keys() == rows
         assert all(0 <= accuracy <= 1 for accuracy in run.metrics[measure].values())
+    for measure in ("feature_std", "alignment", "uniformity", "rankme"):
+        assert run.metrics[measure].keys() == rows - {"pixels"}
     assert run.metrics["seconds"] > 0 and run.metrics["peak_memory"] > 0
     for name in names:
         if name.endswith(".png"):
@@ -62,8 +65,8 @@ def test_log(script, finished):
     """One line an epoch with every metric and the rate, finite; the same epochs on the terminal."""
     run = finished(script)
     log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    metrics = {"feature_std"} | {"gcrl": {"nats", "contrastive"}, "dim": {"local", "prior"}}.get(
-        script.__name__, {"loss"})
+    metrics = {"feature_std", "knn", "uniformity", "rankme"} | {
+        "gcrl": {"nats", "contrastive"}, "dim": {"local", "prior"}}.get(script.__name__, {"loss"})
     assert [entry["epoch"] for entry in log] == [1, 2]
     for entry in log:
         assert entry.keys() == metrics | {"epoch", "lr", "seconds"}
@@ -168,7 +171,7 @@ def test_stopped_and_resumed(script, tiny, finished, here, same, content, monkey
         with pytest.raises(SystemExit) as stop:
             script.main(tiny(script, "--out", "run"))
     assert stop.value.code == 143 and "--resume run" in capsys.readouterr().out
-    assert not Path("run/encoder.pt").exists()
+    assert Path("run/encoder.pt").exists()
     state = torch.load("run/checkpoint.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == ((k - 1) // 5, (k - 1) % 5 + 1)
     metrics = script.main(["--resume", "run"])
@@ -468,7 +471,7 @@ def test_alpha_zero(tiny, here, monkeypatch):
     metrics = gcrl.main(tiny(gcrl, "--alpha", 0, "--out", "run"))
     assert "nats" not in metrics and not Path("run/samples.png").exists()
     assert json.loads(Path("run/log.jsonl").read_text().splitlines()[0]).keys() == {
-        "epoch", "contrastive", "feature_std", "lr", "seconds"}
+        "epoch", "contrastive", "feature_std", "knn", "uniformity", "rankme", "lr", "seconds"}
 
 
 def test_beta_zero(tiny, here, monkeypatch):
@@ -477,7 +480,7 @@ def test_beta_zero(tiny, here, monkeypatch):
     metrics = gcrl.main(tiny(gcrl, "--beta", 0, "--out", "run"))
     assert math.isfinite(metrics["nats"]) and Path("run/samples.png").exists()
     assert json.loads(Path("run/log.jsonl").read_text().splitlines()[0]).keys() == {
-        "epoch", "nats", "feature_std", "lr", "seconds"}
+        "epoch", "nats", "feature_std", "knn", "uniformity", "rankme", "lr", "seconds"}
 
 
 # ---- variants

@@ -1,9 +1,8 @@
 """Where in a generator the features are: a linear probe on each of its blocks (iGPT, Chen et al. 2020, section 4.1)."""
 import torch
-from PIL import Image, ImageDraw
 from torch import nn
 
-from .. import linear_probe
+from .. import linear_probe, pictures
 from ..run import write_file
 
 
@@ -31,20 +30,8 @@ def probe(images, model, path, autocast):
                 for name, a, b in zip(names, train_x, test_x)}
     print(f"\n{'linear probe by depth':34}")
     print("\n".join(f"{name:34}{100 * value:8.1f}" for name, value in accuracy.items()), flush=True)
-    write_file(path, lambda part: curve(part, accuracy))
+    points = [(i, 100 * value) for i, value in enumerate(accuracy.values())]
+    text = {i: f"{name}\n{100 * value:.1f}".replace(", ", "\n") for i, (name, value) in enumerate(accuracy.items())}
+    write_file(path, lambda part: pictures.plot(part, ("linear probe by depth, %", points, {}),
+                                                width=110 * len(points) + 20, names=text))
     return accuracy
-
-
-def curve(path, values, height=240, step=110):
-    """Saves {name: value in [0, 1]} as a line from point to point, each with its name and percentage."""
-    low, high = min(values.values()), max(values.values())
-    image = Image.new("RGB", (step * len(values) + 20, height), "white")
-    draw, points = ImageDraw.Draw(image), []
-    for i, (name, value) in enumerate(values.items()):
-        x, y = step // 2 + i * step, height - 60 - (height - 100) * (value - low) / max(high - low, 1e-9)
-        points.append((x, y))
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="black")
-        draw.text((x, y - 18), f"{100 * value:.1f}", fill="black", anchor="mm")
-        draw.text((x, height - 30), name.replace(", ", "\n"), fill="black", anchor="mm")
-    draw.line(points, fill="black", width=1)
-    image.save(path, "PNG")
