@@ -50,8 +50,11 @@ def main(argv=None):
     _, untrained = runs.load_encoder(args.run, device, trained=False)
     if path.exists():
         try:
-            found = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError):
+            found = cli.read_json(path)
+            if not all(type(part) is dict for part in (found, *found.values(), *(
+                    values for data in found.values() for values in data.values()))):
+                raise TypeError
+        except (OSError, ValueError, TypeError, AttributeError):
             raise Refusal(f"{path} is damaged: put it right or move it away") from None
     if args.frozen_stages > len(encoder.stages()):
         raise Refusal(f"--frozen-stages {args.frozen_stages} is more than the encoder has, {len(encoder.stages())}")

@@ -106,16 +106,17 @@ def compare_finetuning(images, encoder, untrained, shares, draws, frozen_stages,
     results = {}
     for share in shares:
         drawn = [balanced(images.labelled.labels, share, seed) for seed in range(draws if share < 1 else 1)]
-        passes, found, start = epochs or (60 if share <= 0.01 else 30), {"finetuned": [], "scratch": []}, time.time()
+        passes, found = epochs or (60 if share <= 0.01 else 30), {"finetuned": [], "scratch": []}
+        start = time.perf_counter()
         for seed, index in enumerate(drawn):
             for row, begin, frozen_here, n in (("finetuned", encoder, frozen_stages, passes),
                                                ("scratch", untrained, 0, 2 * passes)):
                 steps = max(1, round(n * len(index) / BATCH_SIZE))
                 found[row].append(finetune(copy.deepcopy(begin), images.labelled, index, images.test, frozen_here, amp,
                                            steps, seed=seed))
-            if time.time() - start > 10:
+            if time.perf_counter() - start > 10:
                 print(f"  draw {seed + 1} of {len(drawn)}: {100 * found['finetuned'][-1]:.1f}, from scratch "
-                      f"{100 * found['scratch'][-1]:.1f} ({time.time() - start:.0f} s)", flush=True)
+                      f"{100 * found['scratch'][-1]:.1f} ({time.perf_counter() - start:.0f} s)", flush=True)
         accuracy = {row: mean_and_deviation(values) for row, values in found.items()}
         print(f"{f'{100 * share:g} %, draws {len(drawn)}':34}{len(drawn[0]):8}" +
               "".join(map(shown, accuracy.values())), flush=True)

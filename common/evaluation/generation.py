@@ -43,7 +43,7 @@ def main(argv, script):
     """Writes pictures and distances into the run's folder, prints them, and returns the distances. Nothing is
     overwritten; the same settings give the same files. script: the path of the script that made the run."""
     args = arguments(argv, script)
-    settings = cli.read_settings(args.sample, Path(script).stem)[1]
+    settings = vars(runs.load_script(args.sample, Path(script).stem)[1])
     for name in STORED:
         if getattr(args, name) is None:
             setattr(args, name, settings[name])

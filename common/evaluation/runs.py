@@ -1,13 +1,12 @@
 """The encoder, and the generator, of a finished run, whichever script made it."""
-import copy
 import importlib.util
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import torch
 
 from .. import Refusal, cli
+from ..run import read_tensors
 
 ROOT = Path(__file__).resolve().parents[2]  # of the scripts
 
@@ -15,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]  # of the scripts
 def load_script(folder, method=None):
     """(module, settings) of the script that made the run in `folder`: METHOD.py beside common/, found by its path, as
     what a run says of itself must never decide what is imported. method: the only one that will do, if any."""
-    method, settings = cli.read_settings(folder, method)
+    method, _ = cli.read_settings(folder, method)
     path, package = ROOT / f"{method}.py", ".".join(__package__.split(".")[:-2])             # of common/, if it has one
     if not path.is_file():
         raise Refusal(f"{folder} is a run of {method}.py, which has to lie beside common/ to read it")
@@ -26,7 +25,7 @@ def load_script(folder, method=None):
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     if not hasattr(module, "build_encoder"):
         raise Refusal(f"{folder}: {path} is no script of a method, it has no build_encoder(args)")
-    return module, Namespace(**settings)
+    return module, module.arguments(["--resume", str(folder)])                # checks the settings
 
 
 def load_encoder(folder, device, trained=True):
@@ -35,10 +34,12 @@ def load_encoder(folder, device, trained=True):
     script, args = load_script(folder)
     state = weights(folder, "encoder.pt")
     torch.manual_seed(args.seed)
-    module = script.build_encoder(args)
-    fill(module if trained else copy.deepcopy(module), state, f"{folder}/encoder.pt")         # checked either way
-    if not trained and hasattr(module, "keep_data"):
-        module.keep_data(state)
+    module = filled(script.build_encoder, args, state, f"{folder}/encoder.pt")
+    if not trained:                                                           # checked all the same
+        torch.manual_seed(args.seed)
+        module = script.build_encoder(args)
+        if hasattr(module, "keep_data"):
+            module.keep_data(state)
     return args, module.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -48,12 +49,14 @@ def load_generator(folder, device, method=None, needed=True):
     try:
         if not hasattr(script, "build_generator"):
             raise Refusal(f"{Path(script.__file__).name} has no generator")
-        model = script.build_generator(args)
+        with torch.device("meta"):
+            script.build_generator(args)
     except Refusal as refusal:
         if needed:
             raise Refusal(f"{folder}: {refusal}") from None
         return None
-    return fill(model, weights(folder, "checkpoint.pt"), f"{folder}/checkpoint.pt").to(device).eval()
+    state, path = weights(folder, "checkpoint.pt"), f"{folder}/checkpoint.pt"
+    return filled(script.build_generator, args, state, path).to(device).eval()
 
 
 def weights(folder, name):
@@ -61,21 +64,26 @@ def weights(folder, name):
     are missing or damaged."""
     path = Path(folder) / name
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_tensors(path)
         return state["model"] if name == "checkpoint.pt" else state
     except FileNotFoundError:
         raise Refusal(f"{path} is missing: that run has not come to its end, go on with --resume {folder}") from None
     except Exception as error:                                                # zip, pickle and key errors
-        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
         raise Refusal(f"{path} cannot be read ({reason}): train that run again") from None
 
 
-def fill(module, state, path):
-    """module with the weights `state`, read from `path`. Raises Refusal where they are not of such a module."""
+def filled(build, args, state, path):
+    """The module build(args) with the weights `state`, read from `path`. Raises Refusal where they are not of such a
+    module; whether they are is seen on the meta device, where an enormous one takes no memory."""
     try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:                                # of other layers; not weights at all
-        reason = str(error).strip().splitlines()[-1].strip()
+        with torch.device("meta"):
+            build(args).load_state_dict(state, assign=True)
+        (module := build(args)).load_state_dict(state)
+        if not all(value.isfinite().all() for value in module.state_dict().values()):
+            raise ValueError("values that are not finite")
+    except Exception as error:                                                # of other layers; not weights at all
+        reason = str(error).strip().split("\n")[-1].strip()[:200] or type(error).__name__
         raise Refusal(f"{path} is not of that run's model ({reason}): it was made by another run or another version of "
                       f"the script") from None
     return module
