@@ -381,7 +381,7 @@ def arguments(argv):
     add("--arch", choices=("conv", "resnet18", "resnet34", "resnet50"), default="conv", help="DIM's encoder")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers of a ResNet")
     number("--width", 64, "[1, inf)", "channels of the encoder's first layer (AMDIM: 128)")
-    number("--depth", 3, "[1, inf)", "convolutions of each of AMDIM's blocks (ImageNet: 10)")
+    number("--depth", 3, "[1, 1000]", "convolutions of each of AMDIM's blocks (ImageNet: 10)")
     add("--tasks", nargs="+", choices=("1-5", "1-7", "5-5"), default=["1-5", "1-7", "5-5"], help="AMDIM's: the scale "
         "that predicts, and the scale that is predicted")
     number("--units", 2048, "[1, inf)", "of T's hidden layers (dot: 2048, concat: 512); dimensions of AMDIM's vectors "

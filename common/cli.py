@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class RunParser(Parser):
         add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
             help="mixed precision; auto takes bf16, fp16 or off as the hardware has it")
         add("--compile", action="store_true", help="torch.compile the model")
-        add("--workers", type=in_interval("[0, inf)", int), default=cores(), help="processes that decode images")
+        add("--workers", type=in_interval("[0, 1024]", int), default=cores(), help="processes that decode images")
         add("--cache-gb", type=in_interval("[0, inf)", float), default=8.0,
             help="GB of decoded images kept on the device; more is streamed")
         add("--knn-every", type=in_interval("[1, inf)", int), metavar="N", help="epochs from one kNN on the test "
@@ -87,13 +88,25 @@ class RunParser(Parser):
         """
         settings, absent = vars(self.parse_args([])), object()
         self.set_defaults(**dict.fromkeys(settings, absent))
-        given = vars(self.parse_args(sys.argv[1:] if argv is None else [str(a) for a in argv]))
-        given = {name: value for name, value in given.items() if value is not absent}
+
+        def parsed(argv):
+            return {name: value for name, value in vars(self.parse_args(argv)).items() if value is not absent}
+
+        given = parsed(sys.argv[1:] if argv is None else [str(a) for a in argv])
         if "resume" in given:
             try:
-                settings |= read_settings(given["resume"], Path(self.prog).stem)[1] | {"out": given["resume"]}
+                stored = read_settings(given["resume"], Path(self.prog).stem)[1]
             except Refusal as refusal:
                 raise Refusal(f"--resume {refusal}") from None
+            try:                                                              # only what flags can give
+                settings |= parsed(as_flags(stored))
+                for name, value in stored.items():
+                    if settings.get(name, absent) != value:
+                        raise ValueError(f"{name} {value!r}")
+            except ValueError as error:                                       # a Refusal is one
+                raise Refusal(f"{given['resume']}/args.json is damaged or of another version of {self.prog} "
+                              f"({str(error)[:200]}): name another run") from None
+            settings["out"] = given["resume"]
             for name in given.keys() - FREE_ON_RESUME - set(free):
                 if given[name] != settings[name]:
                     raise Refusal(f"--{name.replace('_', '-')} cannot change on --resume (the run has "
@@ -119,21 +132,51 @@ def read_settings(folder, method=None):
     """
     path = Path(folder) / "args.json"
     try:
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
         found, settings = stored["method"], dict(stored["settings"])
     except (OSError, ValueError, KeyError, TypeError):
         raise Refusal(f"{folder}: no run there, {path} is missing or damaged: name the folder that a script has "
                       f"made") from None
     if not isinstance(found, str) or not found.isidentifier():
-        raise Refusal(f"{path}: the method {found!r} is not the name of a script, do not trust that folder")
+        raise Refusal(f"{path}: the method {str(found)[:80]!r} is not the name of a script, do not trust that folder")
     if method not in (None, found):
         raise Refusal(f"{folder} is a run of {found}.py, not of {method}.py")
     return found, settings
 
 
+def read_json(path, most=2**22):
+    """What a JSON file holds. Raises OSError, or ValueError where it holds none, or more than `most` bytes."""
+    if not path.is_file():                                                    # a pipe would be waited for
+        raise FileNotFoundError(path)
+    with open(path, "rb") as file:
+        text = file.read(most + 1)
+    try:
+        return json.loads(text if len(text) <= most else "")
+    except RecursionError:
+        raise ValueError("lists in lists in lists") from None
+
+
+def as_flags(settings):
+    """The words of a command line that gives the settings. Raises ValueError where none can."""
+    words = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words.append(f"{flag}={value}")
+    os.fsencode("".join(words))                                               # ValueError of what is no character
+    if any("\0" in word or len(word) > 4096 for word in words):
+        raise ValueError("a word that no system takes")
+    return words
+
+
 def in_interval(interval, kind):
     """An argparse type: a number, int or float, in an interval such as "[0, 1]", or "(0, inf)" without its ends."""
     low, high = map(float, interval[1:-1].split(","))
+    high = min(high, 2**32) if kind is int else high                          # what torch can count
 
     def parse(text):
         try:
@@ -157,6 +200,10 @@ def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
 
     memory: the flags that lower the need of memory, for the sentence of where there is too little.
     """
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+    if "RANK" not in os.environ:                                              # there it may wait for others, deaf
+        signal.signal(signal.SIGTERM, interrupt)
     free = limit_memory()
     too_little = f"this needs more memory than the {free / 1e9:.1f} GB that were free: lower {memory}"
     try:
@@ -172,7 +219,7 @@ def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
             raise
         status, sentence = 2, f"{error.filename or 'a file'}: {error.strerror}"
     except RuntimeError as error:
-        if "PytorchStreamWriter" in str(error):
+        if any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream")):
             status, sentence = 2, "a checkpoint could not be written: make room on the disk of --out, then --resume"
         elif "MPS backend out of memory" in str(error):
             status, sentence = 2, f"the GPU is out of memory: lower {memory}"
@@ -180,8 +227,9 @@ def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
             status, sentence = 2, too_little
         else:
             raise
-    except KeyboardInterrupt:
-        status, sentence = 130, "interrupted"
+    except KeyboardInterrupt as stop:
+        status = 128 + (stop.args or [signal.SIGINT])[0]
+        sentence = "interrupted: what was saved is kept, and --resume RUN goes on with a run"
     path = Path(sys.argv[0])
     print(f"{path.parent.name if path.name == '__main__.py' else path.name}: {sentence}", file=sys.stderr)
     sys.exit(status)

@@ -1,8 +1,9 @@
-"""Data sets as batches of uint8 pixels: in memory on the training device where they fit, else streamed from disk.
-
-Either way an `Images` is iterated alike, so the scripts don't care.
+"""Data sets as batches of uint8 pixels, in memory on the training device where they fit, else streamed from disk: an
+`Images` is iterated alike. Each file counts once; broken ones are refused in a sentence, with the first and the count.
 """
+import functools
 import os
+import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -13,55 +14,39 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from . import Refusal, augment, distributed, shapes
 
-ORIENTATION = 0x0112  # of EXIF
-NAMES = ("shapes", "patterns", "cifar10", "cifar100", "svhn", "stl10", "fashionmnist", "folder")
-HOMES = {
-    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html",
-    "cifar100": "https://www.cs.toronto.edu/~kriz/cifar.html",
-    "svhn": "http://ufldl.stanford.edu/housenumbers/",
-    "stl10": "https://cs.stanford.edu/~acoates/stl10/",
-    "fashionmnist": "https://github.com/zalandoresearch/fashion-mnist",
-}
+HOMES = {"cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html",
+         "cifar100": "https://www.cs.toronto.edu/~kriz/cifar.html",
+         "svhn": "http://ufldl.stanford.edu/housenumbers/",
+         "stl10": "https://cs.stanford.edu/~acoates/stl10/",
+         "fashionmnist": "https://github.com/zalandoresearch/fashion-mnist"}
+NAMES = ("shapes", "patterns", *HOMES, "folder")
 
 
 class Images:
     """N square RGB images, (N, 3, S, S) uint8, or stacks of F aligned ones, (N, 3 F, S, S), and their labels.
 
-    labels: (N,) int64 on the device, or None. pixels: on the device, or None where they are streamed. aspect: (N,) on
-    the CPU, width / height of the photographs that were squashed to these squares; 1 where they were cropped.
+    source: such a tensor, or a `Decoder`, which gives the images one by one. labels: (N,) int64 on the device, or None.
+    pixels: on the device, or None where they are streamed. aspect: (N,) on the CPU, width / height of the photographs
+    that were squashed to these squares; 1 where they were cropped.
     """
 
     def __init__(self, source, labels, device, workers, in_memory, aspect=None):
-        """source: uint8 (N, 3, S, S), or a `Decoder`, which gives such images one by one."""
-        self.device, self.workers = device, workers
-        self.source, self.pixels, self.shape = source, None, tuple(source.shape[-3:])
+        self.source, self.device, self.workers, self.shape = source, device, workers, tuple(source.shape[-3:])
         self.aspect = torch.ones(len(source)) if aspect is None else aspect
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64, device=device)
-        if torch.is_tensor(source):
-            self.pixels = source.to(device)
-        elif in_memory:
-            pixels = torch.empty(len(source), *source.shape, dtype=torch.uint8)
-            index = torch.arange(len(source)).split(256)
-            for part, batch in zip(index, self.stream(index)):
-                pixels[part] = batch
+        self.pixels = source.to(device) if torch.is_tensor(source) else None
+        if in_memory and self.pixels is None:
+            pixels = torch.empty(len(source), *self.shape, dtype=torch.uint8)
+            for start, batch in zip(range(0, len(source), 256), stream(source, workers)):
+                pixels[start : start + 256] = batch
             self.pixels = pixels.to(device)
 
     def __len__(self):
         return len(self.source)
-
-    def stream(self, index_batches):
-        """Decodes in worker processes, at most two batches ahead each."""
-        loader = DataLoader(
-            self.source, batch_sampler=[batch.tolist() for batch in index_batches], num_workers=self.workers,
-            collate_fn=stack, pin_memory=self.device.type == "cuda",
-            generator=torch.Generator())                                      # else it draws from torch's own
-        for batch in loader:
-            if isinstance(batch, str):
-                raise Refusal(batch)
-            yield batch
 
     def batches(self, index_batches):
         """Yields uint8 (B, 3, S, S) on the device for each (B,) of the index tensors."""
@@ -69,7 +54,7 @@ class Images:
             for index in index_batches:
                 yield self.pixels[augment.send(index, self.device)]
         else:
-            for batch in self.stream(index_batches):
+            for batch in stream(self.source, self.workers, index_batches, self.device.type == "cuda"):
                 yield augment.send(batch, self.device)
 
     def at(self, index):
@@ -94,13 +79,13 @@ class Data(NamedTuple):
 
     def __str__(self):
         """How many images there are, of what size, and where they are kept."""
-        side, parts = self.train.shape[-1], [f"{len(self.train):,} training images"]
-        if self.labelled and len(self.labelled) != len(self.train):
-            parts.append(f"{len(self.labelled):,} labelled ones")
-        if self.test:
-            parts.append(f"{len(self.test):,} test images of {len(self.classes)} classes")
+        counts = {"training images": self.train, "labelled ones": self.labelled,
+                  f"test images of {len(self.classes)} classes": self.test}
+        if self.labelled and len(self.labelled) == len(self.train):
+            del counts["labelled ones"]
+        counts = ", ".join(f"{len(images):,} {what}" for what, images in counts.items() if images)
         kept = "decoded as they are needed" if self.train.pixels is None else f"in the memory of {self.train.device}"
-        return f"{', '.join(parts)}, {side} x {side}, {kept}"
+        return f"{counts}, {self.train.shape[-1]} x {self.train.shape[-1]}, {kept}"
 
 
 class Batches:
@@ -138,41 +123,33 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
     """The data set `name` (one of NAMES) as a Data of image_size x image_size images.
 
     `shapes` (and `patterns`) trains on 2,000 images and probes with the labels of 500 of them, tested on 1,000: with
-    more, neighbours in pixels would tell the classes.
-
-    data_dir: where downloads are kept, or the user's folder, or a list of aligned ones (`aligned`), whose images
-    come as 3 channels each. cache_gb: 10^9 bytes that may be kept on the device; a larger data set is streamed by
-    `workers` processes. seed: of `shapes` and `patterns`. store_size: a folder's training images are squashed to
-    squares of this side, or of the largest image's, for views that are cut from the whole photograph; None: they are
-    cropped like the others.
-    Raises Refusal where images are missing or cannot be read.
+    more, neighbours in pixels would tell the classes. data_dir: where downloads are kept, or the user's folder, or a
+    list of `aligned` ones, whose images come as 3 channels each. cache_gb: 10^9 bytes that may be kept on the device; a
+    larger data set is streamed by `workers` processes. seed: of `shapes` and `patterns`. store_size: a folder's
+    training images are squashed to squares of this side, or of the largest image's, for views that are cut from the
+    whole photograph; None: cropped like the others. Raises Refusal where images are missing or cannot be read.
     """
-    channels, why, whole = 3, "", None
+    roots = [Path(root) for root in data_dir] if isinstance(data_dir, (list, tuple)) else [Path(data_dir)]
+    channels, why, whole, aspect = 3 * len(roots), "", None, None
     if name in ("shapes", "patterns"):
         classes = shapes.CLASSES if name == "shapes" else shapes.PATTERNS
         (x, y), test = (shapes.draw(n, image_size, 2 * seed + i, classes) for i, n in enumerate((2000, 1000)))
         parts = [(torch.from_numpy(pixels), labels) for pixels, labels in ((x, y), (x[:500], y[:500]), test)]
     else:
-        if name == "folder":
-            roots = [Path(root) for root in (data_dir if isinstance(data_dir, (list, tuple)) else [data_dir])]
-            parts, classes, why = folder(roots[0])
-            if len(roots) > 1:
-                parts, channels = aligned(parts, roots), 3 * len(roots)
-        else:
-            parts, classes = distributed.first_process_first(download, name, data_dir)
-        plain = parts[0] or parts[1]
-        parts = [part and (Decoder(part[0], image_size, channels), part[1]) for part in parts]
+        found, classes, why = aligned(roots) if name == "folder" else \
+            distributed.first_process_first(download, name, data_dir)
+        parts = [part and (Decoder(part[0], image_size, channels), part[1]) for part in found]
+        items, labels = found[0] or found[1]
         if name == "folder" and store_size:
-            sizes = torch.cat(list(DataLoader(Sizes(plain[0]), 256, num_workers=workers, generator=torch.Generator())))
+            sizes = torch.cat(list(stream(Decoder(items, read=upright_size), workers)))
             side, aspect = max(image_size, min(store_size, int(sizes.max()))), (sizes[:, 0] / sizes[:, 1]).float()
             if side > image_size or (aspect != 1).any():
-                whole = Decoder(plain[0], side, channels, squash=True)
+                whole = Decoder(items, side, channels, functools.partial(to_pixels, squash=True))
     sources = [part[0] for part in parts if part] + [whole] * (whole is not None)
-    size = sum(len(source) * channels * source.shape[-1] ** 2 for source in sources)
-    in_memory = size <= cache_gb * 1e9
+    in_memory = sum(len(source) * channels * source.shape[-1] ** 2 for source in sources) <= cache_gb * 1e9
     train, labelled, test = (part and Images(*part, device, workers, in_memory) for part in parts)
     centred = train or labelled
-    train = centred if whole is None else Images(whole, plain[1], device, workers, in_memory, aspect)
+    train = centred if whole is None else Images(whole, labels, device, workers, in_memory, aspect)
     return Data(train, centred, labelled, test, tuple(classes), why)
 
 
@@ -180,53 +157,53 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
 
 
 class Decoder(Dataset):
-    """Images of a source of paths, of (image, label) pairs, or of lists of paths, whose images are stacked: uint8
-    (channels, S, S). For one that cannot be read it gives the sentence that says so: a DataLoader would wrap an
-    exception of its workers in their traceback. squash: to the square, without a crop."""
+    """What read(image, S) makes of the images of a source, by default uint8 (channels, S, S). The source has paths,
+    (image, label) pairs, or lists of paths, whose images are stacked. For one that cannot be read it gives the sentence
+    that says so: a DataLoader would wrap an exception of its workers in their traceback."""
 
-    def __init__(self, source, image_size, channels=3, squash=False):
-        self.source, self.shape, self.squash = source, (channels, image_size, image_size), squash
+    def __init__(self, source, image_size=1, channels=3, read=None):
+        self.source, self.shape, self.read = source, (channels, image_size, image_size), read or to_pixels
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, i):
-        item = what = self.source[i]
+        item, found = self.source[i], []
         try:
-            if isinstance(item, tuple):
-                what = f"image {i}"
-                return to_pixels(item[0], self.shape[-1], self.squash)
-            pixels = []
-            for what in item if isinstance(item, list) else [item]:
-                with Image.open(what) as image:
-                    pixels.append(to_pixels(image, self.shape[-1], self.squash))
-            return torch.cat(pixels)
+            for what in item[:1] if isinstance(item, tuple) else item if isinstance(item, list) else [item]:
+                with warnings.catch_warnings(action="ignore"), (                  # of odd metadata, of large images
+                        what if isinstance(what, Image.Image) else Image.open(what)) as image:
+                    found.append(self.read(image, self.shape[-1]))
+            return torch.cat(found)
         except Exception as error:                                            # Pillow's decoders raise all sorts
-            return f"{what} cannot be read as an image ({error}): mend it or leave it out"
+            return f"{what} cannot be read as an image ({error or type(error).__name__})"
 
 
-class Sizes(Dataset):
-    """Width and height of images of paths, or of lists of paths, whose first counts, by their headers: (2,)."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, i):
-        item = self.source[i]
-        try:
-            with Image.open(item[0] if isinstance(item, list) else item) as image:
-                size = torch.tensor(image.size)
-                return size.flip(0) if image.getexif().get(ORIENTATION, 1) > 4 else size      # turned by 90 degrees
-        except Exception:                                                     # `Decoder` says which, and why
-            return torch.tensor([1, 1])
+def stream(source, workers, index_batches=None, pin_memory=False):
+    """Yields what a `Decoder` gives for each (B,) of the index tensors, or for all in order, stacked, from worker
+    processes at most two batches ahead each. Raises Refusal, which names the first that cannot be read and counts them.
+    """
+    index_batches, broken = torch.arange(len(source)).split(256) if index_batches is None else index_batches, []
+    for batch in DataLoader(source, batch_sampler=[batch.tolist() for batch in index_batches], num_workers=workers,
+                            collate_fn=stack, pin_memory=pin_memory, generator=torch.Generator()):   # not torch's own
+        if isinstance(batch, list):
+            broken += batch                                                   # from here on the rest is only tried
+        elif not broken:
+            yield batch
+    if broken:
+        raise Refusal(f"{broken[0]}: mend it or leave it out" if len(broken) == 1 else
+                      f"{broken[0]}, nor can {len(broken) - 1:,} more: mend them or leave them out")
 
 
 def stack(images):
-    """The images as a batch, or the sentence in place of one of them where there is one."""
-    return next((image for image in images if isinstance(image, str)), None) or torch.stack(images)
+    """The images as a batch, or the sentences in place of those that cannot be read."""
+    return [image for image in images if isinstance(image, str)] or torch.stack(images)
+
+
+def upright_size(image, _):
+    """Width and height of a PIL image, by its header: (2,)."""
+    size = torch.tensor(image.size)
+    return size.flip(0) if image.getexif().get(0x0112, 1) > 4 else size       # turned by 90 degrees
 
 
 def to_pixels(image, size, squash=False):
@@ -240,7 +217,9 @@ def to_pixels(image, size, squash=False):
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image, side = image.convert("RGB"), 8 * min(image.size)
+    if max(image.size) > side and not squash:                                 # a strip, resized, would be enormous
+        image = TF.center_crop(image, [min(image.height, side), min(image.width, side)])
     if squash:
         image = TF.resize(image, [size, size])
     elif image.size != (size, size):
@@ -252,108 +231,105 @@ def to_pixels(image, size, squash=False):
 
 
 def image_files(folder):
-    """The images in and below a folder. Links are followed, hidden ones (.ipynb_checkpoints, ._1.jpg) left out."""
-    files = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [os.path.join(place, name) for name in names
-                  if name.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not name.startswith(".")]
-    return sorted(files)
+    """The images in and below a folder, each once by its real path. Links are followed after what is there itself, but
+    not back up; hidden files (.ipynb_checkpoints, ._1.jpg), pipes and devices are left out. Raises OSError."""
+    def fail(error):
+        raise error
+    found, seen, tops = [], set(map(str, Path(folder).resolve().parents)), [folder]
+    for place, folders, names in (level for top in tops for level in os.walk(top, onerror=fail)):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        tops += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
+        for name in names:
+            path = os.path.join(place, name)
+            if (name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+                    and (os.path.isfile(path) or not os.path.exists(path))):  # a broken link is refused, not left out
+                linked = os.path.islink(path)
+                found.append((linked, path, os.path.realpath(path) if linked else os.path.join(real, name)))
+    return sorted({real: path for _, path, real in sorted(found, reverse=True)}.values())
 
 
-def class_folders(folder):
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+def by_class(part):
+    """(class, image) of the images in the folders in the folder `part`, in order."""
+    places = ((file[len(str(part)) + 1 :].split(os.sep), file) for file in image_files(part))
+    return sorted((place[0], file) for place, file in places if len(place) > 1)
 
 
 def folder(root):
-    """A user's own images: DIR/train/CLASS/* with DIR/test/CLASS/* (or val), or images without classes.
-
-    Returns the parts, the classes, and, where there are none, why.
-    """
+    """A user's own images, DIR/train/CLASS/* with DIR/test/CLASS/* (or val), or images without classes: the parts, the
+    classes, and, where there are none, why."""
     if not root.is_dir():
         raise Refusal(f"--data-dir {root} is not a folder: --dataset folder reads {root}/train/CLASS/* and "
                       f"{root}/test/CLASS/*, or images without classes below {root}")
-    train = root / "train" if (root / "train").is_dir() else root
-    test = next((root / part for part in ("test", "val") if (root / part).is_dir()), None)
-    files = image_files(train)
-    if not files:
-        raise Refusal(f"--data-dir {root}: no images in {train} ({', '.join(datasets.folder.IMG_EXTENSIONS)})")
-    classes, why = class_folders(train), ""
-    if train == root or not classes:
-        why = f"{root} has no train/CLASS folders"
-    elif test is None:
-        why = f"{root} has no test or val folder"
-    elif not class_folders(test):
-        why = f"{test} has no class folders"
-    if why:
-        return [(files, None), None, None], (), why
-    odd = sorted(set(classes) ^ set(class_folders(test)))
-    if odd:
-        raise Refusal(f"class {odd[0]!r} is not in both {train} and {test}: the two need the same class folders")
-    parts = []
-    for part in (train, test):
-        found = [image_files(part / name) for name in classes]
-        if [] in found:
-            raise Refusal(f"{part / classes[found.index([])]} holds no images: fill it or take the class out of "
-                          f"{train} and {test}")
-        parts.append((sum(found, []), [label for label, files in enumerate(found) for _ in files]))
-    return [None, *parts], classes, ""
+    train, *tests = [root / part for part in ("train", "test", "val") if (root / part).is_dir() or part == "train"]
+    train = train if train.is_dir() else root
+    pairs = [by_class(train) if train != root else [], by_class(tests[0]) if tests else []]
+    if [] in pairs:
+        if not (files := image_files(train)):
+            raise Refusal(f"--data-dir {root}: no images in {train} ({', '.join(IMG_EXTENSIONS)})")
+        return [(files, None), None, None], (), (
+            f"{root} has no train/CLASS folders" if not pairs[0] else
+            f"{tests[0]} has no class folders" if tests else f"{root} has no test or val folder")
+    classes, others = ({name for name, _ in part} for part in pairs)
+    for odd in sorted(classes ^ others):
+        raise Refusal(f"{(tests[0] if odd in classes else train) / odd} holds no images, so class {odd!r} is not in "
+                      f"both {train} and {tests[0]}: fill it or take the class out")
+    return [None, *(([file for _, file in part], np.unique([name for name, _ in part], return_inverse=True)[1])
+                    for part in pairs)], sorted(classes), ""
 
 
-def aligned(parts, roots):
-    """The parts of the first root with a list of files for each item: its own, and those of the same place and name,
-    but for the suffix, below the other roots."""
-    def by_place(root):
-        return {os.path.splitext(os.path.relpath(file, root))[0]: file for file in image_files(root)}
-    ours, files = by_place(roots[0]), {}
-    for root in roots[1:]:
-        if not root.is_dir():
-            raise Refusal(f"{root} is not a folder")
-        theirs = by_place(root)
-        odd = sorted(ours.keys() ^ theirs.keys())
-        if odd:
-            has, lacks = (roots[0], root) if odd[0] in ours else (root, roots[0])
-            raise Refusal(f"{has} has an image {odd[0]!r} and {lacks} has none: the folders need images of the same "
-                          f"names")
-        for place, file in ours.items():
-            files.setdefault(file, [file]).append(theirs[place])
-    return [part and ([files[file] for file in part[0]], part[1]) for part in parts]
+def aligned(roots):
+    """`folder` of the first root; where there are more roots with a list of files for each item: its own, and those of
+    the same place and name, but for the suffix, below the others."""
+    found = [folder(root) for root in roots]
+    ours, *theirs = [{os.path.splitext(os.path.relpath(file, root))[0]: file
+                      for part in parts if part for file in part[0]} for root, (parts, *_) in zip(roots, found)]
+    for root, files in zip(roots[1:], theirs):
+        for odd in sorted(ours.keys() ^ files.keys()):
+            has, lacks = (roots[0], root) if odd in ours else (root, roots[0])
+            raise Refusal(f"{has} has an image {odd!r} and {lacks} has none: the folders need images of the same names")
+    parts, classes, why = found[0]
+    if theirs:
+        rows = {file: [file, *(files[place] for files in theirs)] for place, file in ours.items()}
+        parts = [part and ([rows[file] for file in part[0]], part[1]) for part in parts]
+    return parts, classes, why
 
 
-def download(name, data_dir):
-    """The parts and classes of a data set of torchvision's, fetched to data_dir on first use."""
-    def part(split, download):
+def download(name, data_dir, fetch=False):
+    """The parts and classes of a data set of torchvision's, fetched to data_dir on first use, and ""."""
+    def part(split):
         if name == "svhn":
-            return svhn(split, data_dir, download)
+            return svhn(split, data_dir, fetch)
         if name == "stl10":
-            source = datasets.STL10(data_dir, split, download=download)
+            source = datasets.STL10(data_dir, split, download=fetch)
             return source, None if split == "unlabeled" else source.labels
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashionmnist": datasets.FashionMNIST}[name]
-        source = kind(data_dir, train=split == "train", download=download)
+        source = kind(data_dir, train=split == "train", download=fetch)
         return source, source.targets
 
     splits = (["unlabeled"] if name == "stl10" else []) + ["train", "test"]
     try:
-        parts = [part(split, False) for split in splits]
-    except Exception:                                                         # torchvision: "not found or corrupted"
-        try:
-            parts = [part(split, True) for split in splits]
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[-1]  # of a list of mirrors, the last one's
-            raise Refusal(
-                f"--dataset {name} is not in {Path(data_dir).resolve()} and could not be downloaded ({reason}): get it "
-                f"from {HOMES[name]} and put it there, or use --dataset shapes or --dataset folder, which need no "
-                f"download") from None
+        parts = [part(split) for split in splits]
+    except Exception as error:                                                # torchvision: "not found or corrupted"
+        if not fetch:
+            return download(name, data_dir, fetch=True)
+        reason = (str(error).splitlines() or [type(error).__name__])[-1]      # of a list of mirrors, the last one's
+        raise Refusal(f"--dataset {name} is not in {Path(data_dir).resolve()} and could not be downloaded ({reason}): "
+                      f"get it from {HOMES[name]} and put it there, or use --dataset shapes or --dataset folder, which "
+                      f"need no download") from None
     classes = getattr(parts[-1][0], "classes", None) or [str(c) for c in range(10)]
-    return [None] * (3 - len(parts)) + parts, classes
+    return [None] * (3 - len(parts)) + parts, classes, ""
 
 
-def svhn(split, data_dir, download):
+def svhn(split, data_dir, fetch):
     """Street View House Numbers, cropped digits. torchvision's class needs SciPy for the two arrays of a file of
     MATLAB 5: each compressed, with a header, its flags, shape, name and values, padded to 8 bytes."""
-    url, filename, md5 = datasets.SVHN.split_list[split]
-    path, arrays = Path(data_dir) / filename, []
-    if download:
+    (url, filename, md5), arrays = datasets.SVHN.split_list[split], []
+    path = Path(data_dir) / filename
+    if fetch:
         datasets.utils.download_url(url, data_dir, filename, md5)
     elif not datasets.utils.check_integrity(path, md5):
         raise RuntimeError("SVHN not found or corrupted")

@@ -9,13 +9,14 @@ import signal
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 
-from . import Refusal, data, distributed, linear_probe, pictures
+from . import Refusal, data, distributed, linear_probe, pictures, shown
 from .progress import Monitor, Progress, clock
 
 
@@ -42,7 +43,7 @@ class Run:
 
     def say(self, text):
         if self.rank == 0:
-            print(text, flush=True)
+            print(shown(text, kept="\n"), flush=True)
 
     def ready(self, what, text):
         """A line of the start-up: what is ready, and the seconds since the line before (or since the run began). Before
@@ -80,7 +81,7 @@ class Run:
         if self.settings["out"] and self.rank == 0:
             self.folder = Path(self.settings["out"])
             refuse_taken(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=self.folder.exists())    # another run may be as fast
         elif self.rank == 0:
             for number in itertools.count(1):
                 self.folder = Path(name if number == 1 else f"{name}-{number}")
@@ -154,21 +155,36 @@ class Run:
     def restore(self):
         """Puts the checkpoint into what is tracked. Returns (epoch, step) to go on at: (0, 0) in a new run.
 
-        Raises Refusal where the checkpoint is cut off, or another method's or model's.
+        Raises Refusal where the checkpoint is damaged or holds what this run would not save: another method's or
+        model's, or values of other types or shapes, which would only be met in training.
         """
         if not self.resumed or not self.saved():                              # killed before its first epoch ended
             return 0, 0
         path = self.folder / "checkpoint.pt"
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_tensors(path)
             if state["method"] != self.method:
                 raise ValueError(f"it is {state['method']}'s")
+            for thing in self.tracked.values():
+                if isinstance(thing, torch.optim.Optimizer):                  # a step makes what it keeps
+                    for p in (p for group in thing.param_groups for p in group["params"]):
+                        p.grad = torch.zeros_like(p)
+                    thing.step()
+                    thing.zero_grad()
             for name, thing in self.tracked.items():
-                if state[name]:                                               # {} of a GradScaler that was not needed
-                    thing.load_state_dict(state[name])
-            epoch, step, self.history = state["epoch"], state["step"], state["history"]
+                now = thing.state_dict()
+                if isinstance(thing, torch.amp.GradScaler) and not (now and state[name]):
+                    continue                                                  # {} where it was, or is, not needed
+                if not isinstance(thing, torch.nn.Module) and not alike(state[name], now):
+                    raise ValueError(f"its {name} is of another kind")
+                thing.load_state_dict(copy.deepcopy(state[name]))             # the file's own pages stay the file's
+            epoch, step, history = state["epoch"], state["step"], list(state["history"])
+            if not alike([epoch, step], [0, 0]) or min(epoch, step) < 0 or not \
+                    0 <= sum(entry["seconds"] for entry in history) < math.inf or len(json.dumps(history)) > 2**28:
+                raise ValueError("its place in training is none")
+            self.history = history
         except Exception as error:                                            # zip, pickle, key and shape errors
-            reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
             raise Refusal(f"{path} is not a whole checkpoint of this run ({reason}): put a good one in its place or "
                           f"start a new run") from None
         self.write_log()
@@ -241,12 +257,43 @@ def write_file(path, write):
     part = path.with_name(f".{path.name}.part")
     try:
         write(part)
-    except BaseException:
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())                                           # a power cut, too
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)                      # a full disk names none
         raise
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())                                               # a power cut, too
     os.replace(part, path)
+
+
+def read_tensors(path):
+    """What torch.save has put into the dict in the file `path`, its tensors on the CPU: pages of the file, so memory is
+    taken only as they are read. No code of it runs. Raises all sorts of errors where the file is damaged."""
+    if not path.is_file():                                                    # a pipe would be waited for
+        raise FileNotFoundError(f"{path} is no file")
+    with zipfile.ZipFile(path) as parts:
+        if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
+            raise ValueError("it would unpack to more than it is")
+        if bad := parts.testzip():                                            # torch.load looks at no checksum
+            raise ValueError(f"{bad} in it is damaged")
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(state, dict):
+        raise TypeError("it holds no dict")
+    return state
+
+
+def alike(a, b):
+    """Whether a could stand in place of b: equal types, keys, lengths, shapes and dtypes of tensors, numbers that are
+    finite. Numbered keys may be missing: an optimizer keeps nothing of a parameter that had no gradient."""
+    if torch.is_tensor(b):
+        return torch.is_tensor(a) and (a.shape, a.dtype) == (b.shape, b.dtype)
+    if isinstance(b, dict):
+        return isinstance(a, dict) and a.keys() <= b.keys() and all(
+            alike(a[key], b[key]) if key in a else isinstance(key, int) for key in b)
+    if isinstance(b, (list, tuple)):
+        return isinstance(a, (list, tuple)) and len(a) == len(b) and all(map(alike, a, b))
+    return type(a) is type(b) and (not isinstance(a, float) or math.isfinite(a))
 
 
 def refuse_taken(folder):

@@ -45,7 +45,11 @@ def short_probes():
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """40 training and 10 test images in two classes, one redder than the other: a folder for --data-dir."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+def make_images(root):
+    rng = np.random.default_rng(0)
     for part, n in (("train", 20), ("test", 5)):
         for label, name in enumerate(("blue", "red")):
             (root / part / name).mkdir(parents=True)

@@ -80,8 +80,11 @@ def main(argv=None):
 
     path = folder / "evaluation.json"
     try:
-        found = dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError):
+        found = cli.read_json(path) if path.exists() else {}
+        if not all(type(part) is dict for part in (found, *found.values(), *(
+                values for data in found.values() for values in data.values()))):
+            raise TypeError
+    except (OSError, ValueError, TypeError, AttributeError):
         raise Refusal(f"{path} is damaged: put it right or move it away") from None
     for other in args.ood or ():
         if other not in NAMES[:-1] and not Path(other).is_dir():

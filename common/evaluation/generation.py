@@ -31,7 +31,7 @@ def arguments(argv, script):
     number("--workers", None, "[0, inf)", "processes that decode images (default: the run's)", kind=int)
     number("--cache-gb", None, "[0, inf)", "GB of decoded images kept on the device (default: the run's)", kind=float)
     args = parser.parse_args(argv)
-    settings = cli.read_settings(args.sample, Path(script).stem)[1]
+    settings = vars(runs.load_script(args.sample, Path(script).stem)[1])
     for name in ("seed", "device", "workers", "data_dir", "cache_gb"):
         if getattr(args, name) is None:
             setattr(args, name, settings[name])

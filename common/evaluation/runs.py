@@ -1,16 +1,14 @@
 """The encoder, and the generator, of a finished run, whichever script made it; and what is put into its folder."""
-import copy
 import importlib.util
 import io
 import itertools
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import torch
 
 from .. import Refusal, cli
-from ..run import write_file
+from ..run import read_tensors, write_file
 
 ROOT = Path(__file__).resolve().parents[2]  # of the scripts
 
@@ -18,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]  # of the scripts
 def load_script(folder, method=None):
     """(module, settings) of the script that made the run in `folder`: METHOD.py beside common/, found by its path, as
     what a run says of itself must never decide what is imported. method: the only one that will do, if any."""
-    method, settings = cli.read_settings(folder, method)
+    method, _ = cli.read_settings(folder, method)
     path, package = ROOT / f"{method}.py", ".".join(__package__.split(".")[:-2])             # of common/, if it has one
     if not path.is_file():
         raise Refusal(f"{folder} is a run of {method}.py, which has to lie beside common/ to read it")
@@ -29,19 +27,22 @@ def load_script(folder, method=None):
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     if not hasattr(module, "build_encoder"):
         raise Refusal(f"{folder}: {path} is no script of a method, it has no build_encoder(args)")
-    return module, Namespace(**settings)
+    return module, module.arguments(["--resume", str(folder)])                # checks the settings
 
 
 def load_encoder(folder, device, trained=True):
     """(settings, module) of the run: RGB (N, 3, S, S) in [0, 1], S = settings.image_size, to features (N, D), in eval
     mode. trained=False: as it was before training. The caller's random numbers stay as they are."""
     script, args = load_script(folder)
+    state = weights(folder, "encoder.pt")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(args.seed)
-        module = script.build_encoder(args)
-    state = fill(module if trained else copy.deepcopy(module), folder, "encoder.pt")          # checked either way
-    if not trained and hasattr(module, "keep_data"):
-        module.keep_data(state)
+        module = filled(script.build_encoder, args, state, f"{folder}/encoder.pt")
+        if not trained:                                                       # checked all the same
+            torch.default_generator.manual_seed(args.seed)
+            module = script.build_encoder(args)
+            if hasattr(module, "keep_data"):
+                module.keep_data(state)
     return args, module.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -51,34 +52,44 @@ def load_generator(folder, device, method=None, needed=True):
     try:
         if not hasattr(script, "build_generator"):
             raise Refusal(f"{Path(script.__file__).name} has no generator")
-        model = script.build_generator(args)
+        with torch.device("meta"):
+            script.build_generator(args)
     except Refusal as refusal:
         if needed:
             raise Refusal(f"{folder}: {refusal}") from None
         return None
-    fill(model, folder, "checkpoint.pt")
-    return model.to(device).eval()
+    state, path = weights(folder, "checkpoint.pt"), f"{folder}/checkpoint.pt"
+    return filled(script.build_generator, args, state, path).to(device).eval()
 
 
-def fill(module, folder, name):
-    """Puts the weights of encoder.pt or checkpoint.pt (`name`) of the run's folder into the module, and returns them.
-    Raises Refusal where they are missing, damaged or of another module."""
+def weights(folder, name):
+    """The weights in encoder.pt or checkpoint.pt (`name`) of the run's folder, on the CPU. Raises Refusal where they
+    are missing or damaged."""
     path = Path(folder) / name
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state["model"] if name == "checkpoint.pt" else state
+        state = read_tensors(path)
+        return state["model"] if name == "checkpoint.pt" else state
     except FileNotFoundError:
         raise Refusal(f"{path} is missing: that run has not come to its end, go on with --resume {folder}") from None
     except Exception as error:                                                # zip, pickle and key errors
-        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
         raise Refusal(f"{path} cannot be read ({reason}): train that run again") from None
+
+
+def filled(build, args, state, path):
+    """The module build(args) with the weights `state`, read from `path`. Raises Refusal where they are not of such a
+    module; whether they are is seen on the meta device, where an enormous one takes no memory."""
     try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:                                # of other layers; not weights at all
-        reason = str(error).strip().splitlines()[-1].strip()
+        with torch.device("meta"):
+            build(args).load_state_dict(state, assign=True)
+        (module := build(args)).load_state_dict(state)
+        if not all(value.isfinite().all() for value in module.state_dict().values()):
+            raise ValueError("values that are not finite")
+    except Exception as error:                                                # of other layers; not weights at all
+        reason = str(error).strip().split("\n")[-1].strip()[:200] or type(error).__name__
         raise Refusal(f"{path} is not of that run's model ({reason}): it was made by another run or another version of "
                       f"the script") from None
-    return state
+    return module
 
 
 def keep(path, write):
