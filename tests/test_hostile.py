@@ -371,7 +371,8 @@ def test_a_disk_that_is_full(tiny, here, size, named, full_disk, ended):
     """One sentence, and no half of a file."""
     full_disk(size)
     status, err = ended(lambda: simclr.main(tiny(simclr, "--out", "run")))
-    assert status == 2 and named in err and {p.name for p in Path("run").iterdir()} <= {"args.json", "log.jsonl"}
+    assert status == 2 and named in err and {p.name for p in Path("run").iterdir()} <= {"args.json", "log.jsonl",
+                                                                                          "curve.png"}
 
 
 def test_a_full_disk_later_leaves_what_there_is(run, either, full_disk, ended):

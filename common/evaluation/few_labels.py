@@ -114,6 +114,7 @@ def compare_finetuning(images, encoder, untrained, shares, draws, frozen_stages,
         begin, still, times = (encoder, frozen_stages, 1) if row == "finetuned" else (untrained, 0, 2)
         steps = max(1, round(times * passes[str(share)] * len(index) / BATCH_SIZE))
         return finetune(copy.deepcopy(begin), images.labelled, index, images.test, still, amp, steps, seed=seed)
-    found = compare("fine-tuning, share of labels", ["finetuned", "scratch"], images.labelled.labels, shares, draws, score)
+    labels = images.labelled.labels
+    found = compare("fine-tuning, share of labels", ["finetuned", "scratch"], labels, shares, draws, score)
     return {f"{share}, {frozen_stages} frozen": {**values, "frozen_stages": frozen_stages, "frozen_weights": frozen,
                                                  "epochs": passes[share]} for share, values in found.items()}
