@@ -346,7 +346,11 @@ def main(argv=None):
         return model.to(device)
 
     model = new_model(GCRL)
-    net = distributed.wrap(model, device, all_used=generate and contrast)
+    if not generate:                                                          # what no loss trains
+        nn.ModuleList([model.decoder, model.decoder_norm, model.to_logits]).requires_grad_(False)
+    if not contrast:
+        model.head.requires_grad_(False)
+    net = distributed.wrap(model, device)
     net = torch.compile(net) if args.compile else net
     run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
     vectors, matrices = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (False, True))
