@@ -4,6 +4,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from . import Refusal
@@ -38,8 +39,10 @@ def wrap(module, device, sync_batch_norm=True):
         for child in module.modules():
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
                 child.__class__ = SyncBatchNorm
+    net = nn.parallel.DistributedDataParallel(module)
     # Buffers are the same in every process, or the first's are kept: a queue or a memory bank is too large to send.
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+    net.broadcast_buffers = False
+    return net
 
 
 def gather(x):
@@ -57,21 +60,19 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)      # gloo sends a transposed one as it lies
-        dist.all_reduce(gradient)
+        dist.all_reduce(gradient := gradient.clone(memory_format=torch.contiguous_format))   # gloo sends it as it lies
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def first_process_first(function, *args):
-    """function(*args) in every process, in the first before the others: what it downloads is downloaded once."""
-    rank, world = rank_and_world()
-    if world == 1:
+    """function(*args) in every process, in the first before the others: what it downloads is downloaded once. A group
+    of its own has its own time-out: the others wait a day for a download, not the usual half an hour."""
+    if not dist.is_initialized():
         return function(*args)
-    # A group of its own, for its time-out: the others wait a day for a download, not the usual half an hour.
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-    result = function(*args) if rank == 0 else None
+    result = function(*args) if dist.get_rank() == 0 else None
     dist.barrier(group)
-    return result if rank == 0 else function(*args)
+    return result if dist.get_rank() == 0 else function(*args)
 
 
 def any_process(flag):
@@ -81,13 +82,12 @@ def any_process(flag):
     return bool(flag)
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """Batch norm with the statistics of all processes' batches, for the CPU, which torch's own refuses: so a run of
-    several processes can be tried, and tested, without a GPU."""
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm by all processes' batches on the CPU, which torch's own refuses: for trying it without a GPU."""
 
     def forward(self, x):
         if not self.training:
-            return super().forward(x)
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         wide, dims = x.float(), [d for d in range(x.dim()) if d != 1]
         mean = gather(wide.mean(dims, keepdim=True)).mean(0, keepdim=True)
         var = gather((wide - mean).square().mean(dims, keepdim=True)).mean(0, keepdim=True)

@@ -20,6 +20,7 @@ if str(ROOT) not in sys.path:                                                 # 
     sys.path.insert(0, str(ROOT))
 
 from common import Refusal, cli, distributed, linear_probe, progress, shapes  # noqa: E402
+from common.run import Run  # noqa: E402
 
 ALL = "--image-size 8 --epochs 1 --batch-size 80 --amp off --device cpu --workers 0"
 CASES = {  # at a high rate batch norm amplifies rounding, and Adam takes whole steps where the gradient is nothing else
@@ -49,6 +50,7 @@ def train(case, folder):
         if "float64" in case:
             wrap = distributed.wrap
             patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+            patch.setattr(Run, "finish", lambda *args, **kwargs: None)
             patch.setattr(distributed, "wrap", lambda module, *args, **kwargs: wrap(module.double(), *args, **kwargs))
         importlib.import_module(case.split()[0]).main([*ALL.split(), *CASES[case].split(), "--out", folder / case])
 
@@ -149,19 +151,20 @@ def test_two_machines(tiny, finished, tmp_path):
     assert "Warning" not in errors + errors2 and "processes 2" in " ".join(output.split()) and silence == ""
     ends = [json.loads((folder / "log.jsonl").read_text().splitlines()[-1]) for folder in
             (tmp_path / "run", finished("gcrl").folder)]
-    assert ends[0]["loss"] == pytest.approx(ends[1]["loss"], rel=1e-3)
+    for key in "nats", "contrastive":
+        assert ends[0][key] == pytest.approx(ends[1][key], rel=1e-3)
 
 
 def fails(rank, how, argv):
     """A program of two processes. "killed": the second dies in its third step. "download": what the first downloads
-    takes longer than others wait, and the next thing is not to be had."""
+    takes longer than the group's time-out, and the next thing is not to be had."""
     def refuse():
         raise Refusal("no such file")
 
     def main():
         if how == "download":
             distributed.start(torch.device("cpu"))
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=2), dist.group.WORLD)
+            getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(datetime.timedelta(seconds=2))
             print(distributed.first_process_first(lambda: time.sleep(4 * (rank == 0)) or "downloaded"), flush=True)
             distributed.first_process_first(refuse)
         update = progress.Progress.update
