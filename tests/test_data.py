@@ -204,7 +204,8 @@ def test_load_shapes(monkeypatch, tmp_path, name, classes):
 ], ids=lambda value: f"{value.mode}{value.size}" if isinstance(value, Image.Image) else "")
 def test_plain_images_keep_their_colour(tmp_path, image, want):
     save(tmp_path / "a.png", image)
-    assert Image.open(tmp_path / "a.png").mode == image.mode
+    with Image.open(tmp_path / "a.png") as saved:
+        assert saved.mode == image.mode
     assert (only(tmp_path) == torch.tensor(want)[:, None, None]).all()
 
 
