@@ -345,7 +345,11 @@ def main(argv=None):
     model.set_palette(palette, first_pixels)
     model, encoder = model.to(device), build_encoder(args).to(device)
     encoder.load_state_dict(model.state_dict(), strict=False, assign=True)    # the same tensors: it trains along
-    net = distributed.wrap(model, device, all_used=generate and contrast)
+    if not generate:                                                          # what no loss trains
+        nn.ModuleList([model.decoder, model.decoder_norm, model.to_logits]).requires_grad_(False)
+    if not contrast:
+        model.head.requires_grad_(False)
+    net = distributed.wrap(model, device)
     net = torch.compile(net) if args.compile else net
     run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
     vectors, matrices = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (False, True))

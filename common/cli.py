@@ -225,6 +225,9 @@ def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
             status, sentence = 2, f"the GPU is out of memory: lower {memory}"
         elif "DefaultCPUAllocator" in str(error) or "could not create" in str(error):            # torch's, oneDNN's
             status, sentence = 2, too_little
+        elif isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            status, sentence = 2, "another process has ended or does not answer: see its own message (here: " \
+                f"{str(error).splitlines()[0]})"
         else:
             raise
     except KeyboardInterrupt as stop:
@@ -241,13 +244,13 @@ def limit_memory():
     """
     try:
         import resource                                                       # Windows has none
-        sizes = dict(line.split()[:2] for file in ("/proc/meminfo", "/proc/self/status") for line in open(file)
-                     if line.startswith(("MemAvailable:", "VmData:")))
+        lines = (Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()).splitlines()
+        sizes = dict(line.split()[:2] for line in lines if line.startswith(("MemAvailable:", "VmData:")))
         free, taken = 1024 * int(sizes["MemAvailable:"]), 1024 * int(sizes["VmData:"])
     except (ImportError, OSError, KeyError):
         return math.nan
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):   # of a container
-        if os.path.exists(file) and (limit := open(file).read().strip()).isdecimal():
+    for file in "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes":           # of a container
+        if os.path.exists(file) and (limit := Path(file).read_text().strip()).isdecimal():
             free = min(free, int(limit))
     if not torch.cuda.is_available():                                         # its driver reserves more than it takes
         resource.setrlimit(resource.RLIMIT_DATA, (taken + free, resource.getrlimit(resource.RLIMIT_DATA)[1]))
@@ -278,7 +281,7 @@ def pick_amp(name, device):
     GPUs, which needs a gradient scaler, else float32.
     """
     if name == "auto":
-        has = torch.cpu.get_capabilities()
+        has = getattr(torch.cpu, "get_capabilities", dict)()                  # older torch cannot tell
         name = "off"
         if device.type == "cuda":
             name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"

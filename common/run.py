@@ -88,8 +88,9 @@ class Run:
                 with contextlib.suppress(FileExistsError):
                     self.folder.mkdir(parents=True)
                     break
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)           # older torch has none
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else \
-            f"{self.device.type}, {torch.cpu.get_capabilities().get('cpu_name', '')}, {os.cpu_count()} cores"
+            f"{self.device.type}, {capabilities().get('cpu_name', '')}, {os.cpu_count()} cores"
         self.write_json("args.json", {
             "method": self.method, "settings": self.settings, "argv": sys.argv, "device": device,
             "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
@@ -213,6 +214,8 @@ class Run:
         if failed and self.rank == 0 and not self.resumed and not self.saved() and not self.history:
             (self.folder / "args.json").unlink(missing_ok=True)               # a new run that came to nothing
             self.folder.rmdir()
+        if not failed and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()                         # NCCL wants it of all at about one time
 
     def stop_requested(self):
         return distributed.any_process(self.signal is not None)
@@ -247,8 +250,8 @@ class Run:
         seconds = sum(entry["seconds"] for entry in self.history)
         result = dict.fromkeys(measures) | found | more | {"seconds": seconds, "peak_memory": memory}
         self.write_json("result.json", result)
-        self.say(f"\ntrained in {clock(seconds)}, peak memory {memory / 1e9:.1f} GB; results and pictures in "
-                 f"{self.folder}")
+        peak = f", peak memory {memory / 1e9:.1f} GB" if memory else ""
+        self.say(f"\ntrained in {clock(seconds)}{peak}; results and pictures in {self.folder}")
         return result
 
 
@@ -305,10 +308,13 @@ def refuse_taken(folder):
 
 
 def peak_memory(device):
-    """Bytes: of the CUDA device's allocations, else of the process."""
+    """Bytes: of the CUDA device's allocations, else of the process, or None where that is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource                                                           # Windows has none
+    try:
+        import resource
+    except ImportError:                                                       # Windows has none
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

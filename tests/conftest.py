@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,13 @@ TINY = {"simclr": "--image-size 8 --width 4 --blur 0.5 --stem cifar",
 os.environ["OMP_NUM_THREADS"] = "1"                                           # of the processes that tests start
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+
+def pytest_configure(config):
+    """Warnings are errors, but for those that we cannot help."""
+    for line in ("error",
+                 r"ignore:.torch\.cpu\.amp\.autocast:FutureWarning"):         # torch 2.4's own checkpoint() calls it
+        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -125,7 +133,12 @@ def ended(background):
     """ended(fixture): the folder of its program, when that has come to a good end."""
     def wait(name):
         folder, process = background[name]
-        assert process.wait(timeout=300) == 0, (folder / "output").read_text()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=300)
+        if process.poll() != 0:
+            words = [f"---- {file.relative_to(folder)}\n" + "\n".join(file.read_text().splitlines()[-50:])
+                     for file in (folder / "output", *sorted(folder.glob("logs/**/std*.log")))]
+            pytest.fail(f"the program of {name!r} ended with {process.poll()}:\n" + "\n".join(words), pytrace=False)
         return folder
     return wait
 
