@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """CMC: Contrastive Multiview Coding (Tian et al. 2019, 1906.05849).
 
 Views are channels of one image (L and ab, Y and CbCr, or R, G and B), or aligned folders of images (colour and depth,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """CPC: Representation Learning with Contrastive Predictive Coding (van den Oord et al. 2018, 1807.03748), with what
 v2 changed: Data-Efficient Image Recognition with CPC (Henaff et al. 2019, 1905.09272).
 

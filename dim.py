@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """DIM: Learning Deep Representations by Mutual Information Estimation and Maximization (Hjelm et al. 2018, 1808.06670),
 and AMDIM: Learning Representations by Maximizing Mutual Information Across Views (Bachman et al. 2019, 1906.00910).
 

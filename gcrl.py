@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """GCRL: Generative-Contrastive Representation Learning (2106.06162), an axial transformer trained on two losses.
 
 An image is D = H W tokens of a colour palette, in raster order. x1 is a weakly, x2 a strongly augmented view of each

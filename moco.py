@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """MoCo: Momentum Contrast for Unsupervised Visual Representation Learning (He et al. 2019, 1911.05722; v2: 2003.04297).
 
 Contrastive learning as looking up a key in a dictionary. One view of an image gives the query q = f_q(x_q), another

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SimCLR: A Simple Framework for Contrastive Learning of Visual Representations (Chen et al. 2020, 2002.05709).
 
 Two random views of each of N images go through an encoder h = f(x) and a projection head z = g(h). For view i and its

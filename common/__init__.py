@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the six scripts share and what teaches nothing about one method."""
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Augmentation of a whole batch at once, with parameters of each image's own.
 
 Images x are (N, 3, H, W) floats in [0, 1] on any device. A recipe is a list of steps, (operation, *parameters), which

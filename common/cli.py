@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What every script does at its command line: settings, one-sentence errors, device and precision."""
 import argparse
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Data sets as batches of uint8 pixels, in memory on the training device where they fit, else streamed from disk: an
 `Images` is iterated alike. Each file counts once; broken ones are refused in a sentence, with the first and the count.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Training in several processes (torchrun): the results are those of one process with the whole batch."""
 import datetime
 import os

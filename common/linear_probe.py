@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a frozen representation is worth: a linear probe and a kNN classifier on its features, beside honest floors."""
 import contextlib
 import time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Pictures to look at: tiles of images, small ones enlarged so that their pixels can be seen, and curves."""
 import math
 

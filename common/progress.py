@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is on the terminal, in a log file and in curve.png while a script trains."""
 import math
 import time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ResNet-18, -34 and -50 (He et al. 2015, 1512.03385) of any width, without their classifier, of torchvision's blocks.
 
 Parameter names are torchvision's, so `torchvision.models.resnet18().load_state_dict(ours, strict=False)` misses only

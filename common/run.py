@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A run's folder: settings, log, and a checkpoint that survives a kill at any moment."""
 import contextlib
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`shapes`: coloured images drawn from a seed, so that every script has something to train on without a download, and
 `patterns`, alike but for what is drawn, as strange images beside them.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Axial transformer blocks (Ho et al. 2019, 1912.12180): attention within the rows, or the columns, of a grid.
 
 A grid x is (N, H, W, C). Blocks are pre-norm. A causal block can also run one position at a time (`step`), with the

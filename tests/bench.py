@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Speed of the scripts on this machine:   python tests/bench.py [--device cuda] [--batch-size 128] [--repeats 5]
 
 Medians; alternatives are timed in turn, so that a noisy machine disturbs both. --only gcrl --beside DIR also times the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One thread everywhere, and what the tests of whole runs share: tiny images, tiny settings, a finished run."""
 import contextlib
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Mutates the files of tiny real runs and kills such runs at random moments: no traceback, no hang, nothing lost.
 
     python tests/fuzz.py                        # 400 mutations, through resume, evaluation and sampling

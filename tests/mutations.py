@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What share of wrong lines tests/test_devices.py catches: each `.to(device)`, `send(x, device)`, `device=...`,
 `.cpu()` and `torch.Generator(device)` of the project is taken out in turn, in a copy.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The README's tables of results and of claims, measured:
 
     python tests/results.py --budget small [--seeds 3] [--jobs 2]   # every method, by each script's own recipe

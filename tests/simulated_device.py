@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A device that is not there: CUDA, or MPS, as far as devices go.
 
     with Device("cuda") as device: ...

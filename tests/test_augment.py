@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """common/augment.py against torchvision's functional operations, one image at a time."""
 import itertools
 

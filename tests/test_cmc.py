@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """CMC's colour spaces against published values, its losses against their equations, its banks by value."""
 import contextlib
 import functools

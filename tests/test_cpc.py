@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """CPC's loss against its equation, and by gradient that no prediction sees what it predicts."""
 import math
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """common/data.py and common/shapes.py: what comes out of files, in which order, and what is refused. No network."""
 import gzip
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Devices that are not here, by tests/simulated_device.py, and half precision with its gradient scaler on the CPU."""
 import contextlib
 import json

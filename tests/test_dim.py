@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """DIM's estimators against loops and known mutual information, its losses, and AMDIM's, pair by pair."""
 import math
 

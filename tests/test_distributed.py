@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Training in two processes against one, and what becomes of a process whose partner fails."""
 import contextlib
 import datetime

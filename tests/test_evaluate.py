@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Judging a finished run: labels, fine-tuning, strange images, and torchvision's detectors on its encoder."""
 import copy
 import json

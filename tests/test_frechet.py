@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The Frechet distance against closed forms, with singular covariances, and beside its floor; the nearest images."""
 import numpy as np
 import pytest

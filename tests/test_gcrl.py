@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """GCRL's likelihood: normalised, causal, with a full receptive field; its sampling and its palette."""
 import itertools
 import math

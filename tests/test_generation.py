@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """gcrl.py --sample: what it draws from a saved run, what it leaves alone, and what it refuses."""
 import json
 import shutil

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What others bring: odd images and folders, damaged runs, full disks and kills. tests/fuzz.py has the long sweeps."""
 import json
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """common/linear_probe.py against oracles in float64 and by loops, and what it must not depend on."""
 import math
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """MoCo's loss against its equation, its dictionaries by value, and the leak that shuffling batch norm closes."""
 import math
 from types import SimpleNamespace

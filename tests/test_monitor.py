@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is seen while a script trains: kNN beside its floors, the curve, and an encoder that is there before the end."""
 import json
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """common/resnet.py against torchvision's ResNets, whose parameter names it shares."""
 import pytest
 import torch

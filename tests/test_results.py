@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """tests/results.py: its rows and arms are commands that the scripts take, its tables say what was measured, and the
 README's tables are those."""
 import contextlib

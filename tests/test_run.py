@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """common/run.py and common/cli.py: a run's folder and checkpoint under kills, damage and mistakes."""
 import argparse
 import json

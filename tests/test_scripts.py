@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The scripts from the command line: what a run leaves behind, and that it can be repeated and resumed."""
 import json
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SimCLR's loss and optimiser against their equations."""
 import math
 

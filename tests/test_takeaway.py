@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a user takes away: features in a file, a map, neighbours, the encoder in a line, and a backbone of one's own."""
 import shutil
 import subprocess
@@ -260,3 +261,9 @@ def test_told(monkeypatch, capsys):
     assert list(linear_probe.told(things(100, 3), 100, "steps")) == list(range(100))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[0].startswith("steps: 3 of 100, ") and all("s left" in line for line in lines)
+
+
+def test_every_file_says_its_licence():
+    for place in (".", "common", "common/evaluation", "tests"):
+        for path in (ROOT / place).glob("*.py"):
+            assert path.read_text().startswith("# SPDX-License-Identifier: MIT\n"), path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What judges a finished run or draws from it. Training needs none of this.
 
     encoder = common.evaluation.load("RUN")      # in your own code: RGB (N, 3, S, S) in [0, 1] to features (N, D)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The command: judges a run, prints the tables and adds what is found to RUN/evaluation.json, by data set."""
 import json
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where in a generator the features are: a linear probe on each of its blocks (iGPT, Chen et al. 2020, section 4.1)."""
 import torch
 from torch import nn

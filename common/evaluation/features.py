@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a user takes from a run: its features in a file, a map of them, the neighbours of one's own images."""
 import itertools
 import math

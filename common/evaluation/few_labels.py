@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What an encoder is worth with few labels: frozen under a linear probe, or fine-tuned, all of it or its last stages,
 beside the same network trained from scratch."""
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """--sample RUN of a script with a generator: samples, completions, nearest training images, Frechet distance."""
 import json
 import math

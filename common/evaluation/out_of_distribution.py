@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Out-of-distribution detection: how strange an image is, by its features or its likelihood, and how well that tells.
 
 Scores are higher for stranger images; the outside is the positive class, as in Hendrycks et al. 2018 (1812.04606).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The encoder, and the generator, of a finished run, whichever script made it; and what is put into its folder."""
 import importlib.util
 import io
