@@ -169,7 +169,8 @@ def test_a_step_does_not_make_a_gpu_wait(script, flags, tiny, here, monkeypatch)
     with simulated("bf16", monkeypatch) as device:
         monkeypatch.setattr(Progress, "update", lambda *args, **more: (update(*args, **more),
                                                                        marks.append(len(device.events))))
-        monkeypatch.setattr(script.Run, "finish", lambda *args, **more: {})
+        for owner, after in ((script.Run, "finish"), (Progress, "end_epoch")):
+            monkeypatch.setattr(owner, after, lambda *args, **more: {})
         script.main(tiny(script, *SHORT, "--device", "cuda", *flags.split()))
     assert len(marks) == 2
     for first, last in zip(marks, marks[1:]):
