@@ -153,11 +153,11 @@ def bench_cpc(device, autocast, n, repeats, width):
     model = cpc.CPC(cpc.Encoder("resnet18", "cifar", width, "layer", 8, 4), 4, cpc.steps_ahead(8, 4, 5))
     model = model.to(device, memory_format=torch.channels_last)
     optimizer, rng = torch.optim.AdamW(model.parameters(), 1e-4), augment.Random(0)
-    patches = cpc.view(x, rng, 32, 0.5, "v2", 8, 4)
+    patches = cpc.view(x, rng, 32, 0.5, "v2", 0.2, 8, 4)
 
     def step():
         with autocast:
-            grids = model(cpc.view(x, rng, 32, 0.5, "v2", 8, 4))[1:]
+            grids = model(cpc.view(x, rng, 32, 0.5, "v2", 0.2, 8, 4))[1:]
         terms = [cpc.info_nce(*pair) for pair in cpc.pairs(*grids, model.ahead)]
         loss = sum(terms) / len(terms)
         optimizer.zero_grad()

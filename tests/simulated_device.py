@@ -109,7 +109,8 @@ class Device:
             with Functions(self):
                 return engine(*args, **kwargs)
         for target, name, value in (
-                (torch.cuda, "is_available", lambda: cuda), (torch, "Generator", Generator),
+                (torch.cuda, "is_available", lambda: cuda), (torch.backends.mps, "is_available", lambda: not cuda),
+                (torch, "Generator", Generator),
                 (torch.cuda, "get_device_capability", lambda _: self.capability),
                 (torch.cuda, "get_device_name", lambda _: "a GPU that is not there"),
                 (torch.cuda, "max_memory_allocated", lambda _: 10**9), (torch, "autocast", Autocast),

@@ -19,7 +19,7 @@ import gcrl
 import moco
 import mutations
 import simclr
-from common import augment
+from common import augment, data
 from common.evaluation import __main__ as evaluation
 from common.progress import Progress
 from simulated_device import Device, device_of
@@ -31,8 +31,9 @@ VARIANTS = [
     (simclr, "--blur 0.5"), (simclr, "--loss logistic --semi-hard"), (simclr, "--loss supervised --cache-gb 0"),
     (simclr, "--loss margin --augmentations crop cutout rotation noise sobel --one-branch --optimizer lars"),
     (moco, "--blur 0.5 --head mlp"), (moco, "--dictionary memory-bank --contrast nce"),
-    (moco, "--dictionary end-to-end --symmetric"),
-    (cmc, "--jitter 0.5"), (cmc, "--contrast nce --views ycbcr"), (cmc, "--dictionary end-to-end --views rgb"),
+    (moco, "--dictionary memory-bank --negatives 0"), (moco, "--dictionary end-to-end --symmetric"),
+    (cmc, "--jitter 0.5"), (cmc, "--contrast nce --views ycbcr --negatives 0"),
+    (cmc, "--dictionary end-to-end --views rgb"),
     (cpc, ""), (cpc, "--augmentation v1 --norm batch --directions 1"),
     (dim, ""), (dim, "--objective both --critic concat --estimator dv --views 2"),
     (dim, "--estimator infonce --views 2"),
@@ -141,6 +142,17 @@ def test_mps_lacks(wrong, error):
             wrong(x)
 
 
+def test_cmcs_nce_alone(device):
+    """What callers may leave out is made on the device."""
+    q, k, negatives = torch.nn.functional.normalize(torch.ones(3, 4, 2, device="cuda"), dim=2)
+    assert cmc.nce(q, k, negatives, 0.1, 4).device.type == "cuda"
+
+
+def test_drawn_images_are_kept_on_the_device(device):
+    pixels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    assert data.Images(pixels, None, torch.device("cuda", 0), 0, True).pixels.is_cuda
+
+
 # ---- training
 
 
@@ -164,7 +176,8 @@ def test_a_step_does_not_make_a_gpu_wait(script, flags, tiny, here, monkeypatch)
     with simulated("bf16", monkeypatch) as device:
         monkeypatch.setattr(Progress, "update", lambda *args, **more: (update(*args, **more),
                                                                        marks.append(len(device.events))))
-        monkeypatch.setattr(script.Run, "finish", lambda *args, **more: {})
+        for owner, after in ((script.Run, "finish"), (Progress, "end_epoch")):
+            monkeypatch.setattr(owner, after, lambda *args, **more: {})
         script.main(tiny(script, *SHORT, "--device", "cuda", *flags.split()))
     assert len(marks) == 2
     for first, last in zip(marks, marks[1:]):
@@ -239,7 +252,10 @@ def test_evaluation(kind, script, copied, images, monkeypatch):
     with simulated(kind, monkeypatch):
         result = evaluation.main([run, "--device", KINDS[kind][0], "--labels", 0.5, "--draws", 1, "--finetune",
                                   "--epochs", 1, "--workers", 0, "--ood", images / "test", *blocks])
+        evaluation.main([run, "--device", KINDS[kind][0], "--workers", 0, "--export", "features.npz", "--map",
+                         "--neighbours", next((images / "test").glob("*/*"))])
     assert {"linear", "knn", "labels", "finetune", "ood", *(name[2:] for name in blocks)} <= result.keys()
+    assert Path("features.npz").exists() and (run / "map.png").exists() and (run / "nearest.png").exists()
 
 
 def test_readmes_weights_load_without_the_device_that_trained_them():
