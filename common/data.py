@@ -4,7 +4,6 @@
 import functools
 import os
 import warnings
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from . import Refusal, augment, distributed, shapes
+from . import Refusal, augment, distributed, shapes, svhn
 
-HOMES = {"cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html",
-         "cifar100": "https://www.cs.toronto.edu/~kriz/cifar.html",
-         "svhn": "http://ufldl.stanford.edu/housenumbers/",
-         "stl10": "https://cs.stanford.edu/~acoates/stl10/",
+HOMES = {**dict.fromkeys(("cifar10", "cifar100"), "https://www.cs.toronto.edu/~kriz/cifar.html"),
+         "svhn": "http://ufldl.stanford.edu/housenumbers/", "stl10": "https://cs.stanford.edu/~acoates/stl10/",
          "fashionmnist": "https://github.com/zalandoresearch/fashion-mnist"}
 NAMES = ("shapes", "patterns", *HOMES, "folder")
 
@@ -29,10 +26,9 @@ NAMES = ("shapes", "patterns", *HOMES, "folder")
 class Images:
     """N square RGB images, (N, 3, S, S) uint8, or stacks of F aligned ones, (N, 3 F, S, S), and their labels.
 
-    source: such a tensor, or a `Decoder`, which gives the images one by one. labels: (N,) int64 on the device, or None.
-    pixels: on the device, or None where they are streamed. aspect: (N,) on the CPU, width / height of the photographs
-    that were squashed to these squares; 1 where they were cropped.
-    """
+    source: such a tensor, or a `Decoder`. labels: (N,) int64 on the device, or None. pixels: on the device, or None
+    where they are streamed. aspect: (N,) on the CPU, width / height of the photographs that were squashed to these
+    squares; 1 where they were cropped."""
 
     def __init__(self, source, labels, device, workers, in_memory, aspect=None):
         self.source, self.device, self.workers, self.shape = source, device, workers, tuple(source.shape[-3:])
@@ -62,7 +58,7 @@ class Images:
         return next(self.batches([index.cpu()])).cpu()
 
     def random_indices(self, n):
-        """The indices of n images, or of all where there are fewer, drawn at random but always the same."""
+        """The indices of n images, or of all if there are fewer, drawn at random but always the same."""
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:n]
 
 
@@ -79,13 +75,12 @@ class Data(NamedTuple):
 
     def __str__(self):
         """How many images there are, of what size, and where they are kept."""
-        counts = {"training images": self.train, "labelled ones": self.labelled,
-                  f"test images of {len(self.classes)} classes": self.test}
-        if self.labelled and len(self.labelled) == len(self.train):
-            del counts["labelled ones"]
-        counts = ", ".join(f"{len(images):,} {what}" for what, images in counts.items() if images)
+        counted = ((self.train, "training images"),
+                   (None if self.labelled is self.centred else self.labelled, "labelled ones"),
+                   (self.test, f"test images of {len(self.classes)} classes"))
         kept = "decoded as they are needed" if self.train.pixels is None else f"in the memory of {self.train.device}"
-        return f"{counts}, {self.train.shape[-1]} x {self.train.shape[-1]}, {kept}"
+        side = self.train.shape[-1]
+        return f"{', '.join(f'{len(x):,} {what}' for x, what in counted if x)}, {side} x {side}, {kept}"
 
 
 class Batches:
@@ -111,10 +106,8 @@ class Batches:
 
 
 def epoch_order(n, batch_size, seed, epoch, rank=0, world=1):
-    """The epoch's batches of this process, (steps, batch_size // world) indices below n, from (seed, epoch) alone.
-
-    The images that do not fill a last batch are left out: another epoch's order has them.
-    """
+    """The epoch's batches of this process, (steps, batch_size // world) indices below n, from (seed, epoch) alone. The
+    images that do not fill a last batch are left out: another epoch's order has them."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return order[: n // batch_size * batch_size].view(-1, world, batch_size // world)[:, rank]
 
@@ -124,12 +117,11 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
 
     `shapes` (and `patterns`) trains on 2,000 images and probes with the labels of 500 of them, tested on 1,000: with
     more, neighbours in pixels would tell the classes. data_dir: where downloads are kept, or the user's folder, or a
-    list of `aligned` ones, whose images come as 3 channels each. cache_gb: 10^9 bytes that may be kept on the device; a
-    larger data set is streamed by `workers` processes. seed: of `shapes` and `patterns`. store_size: a folder's
-    training images are squashed to squares of this side, or of the largest image's, for views that are cut from the
-    whole photograph; None: cropped like the others. Raises Refusal where images are missing or cannot be read.
-    """
-    roots = [Path(root) for root in data_dir] if isinstance(data_dir, (list, tuple)) else [Path(data_dir)]
+    list of `aligned` ones, whose images come as 3 channels each. cache_gb: 10^9 bytes that may be kept on the device;
+    more is streamed by `workers` processes. seed: of `shapes` and `patterns`. store_size: a folder's training images
+    are squashed to squares of this side, or of the largest image's, for views that are cut from the whole photograph;
+    None: cropped like the others. Raises Refusal where images are missing or cannot be read."""
+    roots = list(map(Path, data_dir if isinstance(data_dir, (list, tuple)) else [data_dir]))
     channels, why, whole, aspect = 3 * len(roots), "", None, None
     if name in ("shapes", "patterns"):
         classes = shapes.CLASSES if name == "shapes" else shapes.PATTERNS
@@ -171,8 +163,8 @@ class Decoder(Dataset):
         item, found = self.source[i], []
         try:
             for what in item[:1] if isinstance(item, tuple) else item if isinstance(item, list) else [item]:
-                with warnings.catch_warnings(action="ignore"), (                  # of odd metadata, of large images
-                        what if isinstance(what, Image.Image) else Image.open(what)) as image:
+                with warnings.catch_warnings(action="ignore"), what if isinstance(what, Image.Image) else \
+                        Image.open(what) as image:                            # it warns of odd metadata
                     found.append(self.read(image, self.shape[-1]))
             return torch.cat(found)
         except Exception as error:                                            # Pillow's decoders raise all sorts
@@ -217,12 +209,12 @@ def to_pixels(image, size, squash=False):
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image, side = image.convert("RGB"), 8 * min(image.size)
-    if max(image.size) > side and not squash:                                 # a strip, resized, would be enormous
-        image = TF.center_crop(image, [min(image.height, side), min(image.width, side)])
+    image = image.convert("RGB")
     if squash:
         image = TF.resize(image, [size, size])
     elif image.size != (size, size):
+        if max(image.size) > 8 * min(image.size):                             # a strip, resized, would be enormous
+            image = TF.center_crop(image, [min(side, 8 * min(image.size)) for side in (image.height, image.width)])
         image = TF.center_crop(TF.resize(image, size), size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -252,15 +244,13 @@ def image_files(folder):
     return sorted({real: path for _, path, real in sorted(found, reverse=True)}.values())
 
 
-def by_class(part):
-    """(class, image) of the images in the folders in the folder `part`, in order."""
-    places = ((file[len(str(part)) + 1 :].split(os.sep), file) for file in image_files(part))
-    return sorted((place[0], file) for place, file in places if len(place) > 1)
-
-
 def folder(root):
     """A user's own images, DIR/train/CLASS/* with DIR/test/CLASS/* (or val), or images without classes: the parts, the
     classes, and, where there are none, why."""
+    def by_class(part):                                                       # (class, image) of what is in folders
+        places = ((file[len(str(part)) + 1 :].split(os.sep), file) for file in image_files(part))
+        return sorted((place[0], file) for place, file in places if len(place) > 1)
+
     if not root.is_dir():
         raise Refusal(f"--data-dir {root} is not a folder: --dataset folder reads {root}/train/CLASS/* and "
                       f"{root}/test/CLASS/*, or images without classes below {root}")
@@ -298,48 +288,26 @@ def aligned(roots):
     return parts, classes, why
 
 
-def download(name, data_dir, fetch=False):
+def download(name, data_dir):
     """The parts and classes of a data set of torchvision's, fetched to data_dir on first use, and ""."""
+    splits = (["unlabeled"] if name == "stl10" else []) + ["train", "test"]
+    kinds = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashionmnist": datasets.FashionMNIST}
+
     def part(split):
         if name == "svhn":
-            return svhn(split, data_dir, fetch)
+            return svhn.load(split, data_dir)
         if name == "stl10":
-            source = datasets.STL10(data_dir, split, download=fetch)
+            source = datasets.STL10(data_dir, split, download=split == splits[0])
             return source, None if split == "unlabeled" else source.labels
-        kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashionmnist": datasets.FashionMNIST}[name]
-        source = kind(data_dir, train=split == "train", download=fetch)
+        source = kinds[name](data_dir, train=split == "train", download=split == splits[0])
         return source, source.targets
 
-    splits = (["unlabeled"] if name == "stl10" else []) + ["train", "test"]
     try:
         parts = [part(split) for split in splits]
-    except Exception as error:                                                # torchvision: "not found or corrupted"
-        if not fetch:
-            return download(name, data_dir, fetch=True)
+    except Exception as error:                                                # torchvision raises all sorts
         reason = (str(error).splitlines() or [type(error).__name__])[-1]      # of a list of mirrors, the last one's
         raise Refusal(f"--dataset {name} is not in {Path(data_dir).resolve()} and could not be downloaded ({reason}): "
                       f"get it from {HOMES[name]} and put it there, or use --dataset shapes or --dataset folder, which "
                       f"need no download") from None
     classes = getattr(parts[-1][0], "classes", None) or [str(c) for c in range(10)]
     return [None] * (3 - len(parts)) + parts, classes, ""
-
-
-def svhn(split, data_dir, fetch):
-    """Street View House Numbers, cropped digits. torchvision's class needs SciPy for the two arrays of a file of
-    MATLAB 5: each compressed, with a header, its flags, shape, name and values, padded to 8 bytes."""
-    (url, filename, md5), arrays = datasets.SVHN.split_list[split], []
-    path = Path(data_dir) / filename
-    if fetch:
-        datasets.utils.download_url(url, data_dir, filename, md5)
-    elif not datasets.utils.check_integrity(path, md5):
-        raise RuntimeError("SVHN not found or corrupted")
-    rest = path.read_bytes()[128:]
-    while rest:
-        size = int.from_bytes(rest[4:8], "little")
-        matrix, rest = zlib.decompress(rest[8 : 8 + size]), rest[8 + size :]
-        shape = np.frombuffer(matrix, "<i4", int.from_bytes(matrix[28:32], "little") // 4, 32)
-        start = 48 + -(-shape.nbytes // 8) * 8                                # of the values
-        kind = {2: "u1", 9: "<f8"}[int.from_bytes(matrix[start - 8 : start - 4], "little")]
-        arrays.append(np.frombuffer(matrix, kind, shape.prod(), start).reshape(shape, order="F"))
-    images, labels = arrays[0].transpose(3, 0, 1, 2), arrays[1].reshape(-1) % 10              # (N, 32, 32, 3); 10 is 0
-    return [(Image.fromarray(image), None) for image in images], labels
