@@ -1,6 +1,5 @@
 """Data sets as batches of uint8 pixels, in memory on the training device where they fit, else streamed from disk: an
-`Images` is iterated alike. Each file counts once; broken ones are refused in a sentence, with the first and the count.
-"""
+`Images` is iterated alike. Each file counts once; broken ones are refused, with the first and the count."""
 import functools
 import os
 import warnings
@@ -13,7 +12,6 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from . import Refusal, augment, distributed, shapes, svhn
 
@@ -46,12 +44,10 @@ class Images:
 
     def batches(self, index_batches):
         """Yields uint8 (B, 3, S, S) on the device for each (B,) of the index tensors."""
-        if self.pixels is not None:
-            for index in index_batches:
-                yield self.pixels[augment.send(index, self.device)]
-        else:
-            for batch in stream(self.source, self.workers, index_batches, self.device.type == "cuda"):
-                yield augment.send(batch, self.device)
+        streamed = stream(self.source, self.workers, index_batches, self.device.type == "cuda")
+        for batch in streamed if self.pixels is None else index_batches:
+            batch = augment.send(batch, self.device)
+            yield batch if self.pixels is None else self.pixels[batch]
 
     def at(self, index):
         """uint8 (B, 3, S, S) on the CPU for a (B,) tensor of indices."""
@@ -63,9 +59,8 @@ class Images:
 
 
 class Data(NamedTuple):
-    """train: what the method sees. centred: the same as an encoder sees them, resized and centre-cropped. labelled,
-    test: what the probe trains and is scored on; None where there are no labels, and `unlabelled` then says why.
-    classes: their names."""
+    """train: what the method sees. centred: the same resized and centre-cropped, as encoders see them. labelled, test:
+    for the probe; None where there are no labels, and `unlabelled` then says why. classes: their names."""
     train: Images
     centred: Images
     labelled: Images | None
@@ -79,8 +74,8 @@ class Data(NamedTuple):
                    (None if self.labelled is self.centred else self.labelled, "labelled ones"),
                    (self.test, f"test images of {len(self.classes)} classes"))
         kept = "decoded as they are needed" if self.train.pixels is None else f"in the memory of {self.train.device}"
-        side = self.train.shape[-1]
-        return f"{', '.join(f'{len(x):,} {what}' for x, what in counted if x)}, {side} x {side}, {kept}"
+        counts = [f"{len(images):,} {what}" for images, what in counted if images]
+        return ", ".join([*counts, "{1} x {2}".format(*self.train.shape), kept])
 
 
 class Batches:
@@ -145,9 +140,6 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
     return Data(train, centred, labelled, test, tuple(classes), why)
 
 
-# ---- decoding
-
-
 class Decoder(Dataset):
     """What read(image, S) makes of the images of a source, by default uint8 (channels, S, S). The source has paths,
     (image, label) pairs, or lists of paths, whose images are stacked. For one that cannot be read it gives the sentence
@@ -173,8 +165,7 @@ class Decoder(Dataset):
 
 def stream(source, workers, index_batches=None, pin_memory=False):
     """Yields what a `Decoder` gives for each (B,) of the index tensors, or for all in order, stacked, from worker
-    processes at most two batches ahead each. Raises Refusal, which names the first that cannot be read and counts them.
-    """
+    processes at most two batches ahead each. Refusal names the first that cannot be read and counts the others."""
     index_batches, broken = torch.arange(len(source)).split(256) if index_batches is None else index_batches, []
     for batch in DataLoader(source, batch_sampler=[batch.tolist() for batch in index_batches], num_workers=workers,
                             collate_fn=stack, pin_memory=pin_memory, generator=torch.Generator()):   # not torch's own
@@ -235,11 +226,10 @@ def image_files(folder):
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         tops += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
-        for name in names:
+        for name in (n for n in names if n.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not n.startswith(".")):
             path = os.path.join(place, name)
-            if (name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-                    and (os.path.isfile(path) or not os.path.exists(path))):  # a broken link is refused, not left out
-                linked = os.path.islink(path)
+            linked = os.path.islink(path)
+            if os.path.isfile(path) or not os.path.exists(path):              # a broken link is refused, not left out
                 found.append((linked, path, os.path.realpath(path) if linked else os.path.join(real, name)))
     return sorted({real: path for _, path, real in sorted(found, reverse=True)}.values())
 
@@ -259,7 +249,7 @@ def folder(root):
     pairs = [by_class(train) if train != root else [], by_class(tests[0]) if tests else []]
     if [] in pairs:
         if not (files := image_files(train)):
-            raise Refusal(f"--data-dir {root}: no images in {train} ({', '.join(IMG_EXTENSIONS)})")
+            raise Refusal(f"--data-dir {root}: no images in {train} ({', '.join(datasets.folder.IMG_EXTENSIONS)})")
         return [(files, None), None, None], (), (
             f"{root} has no train/CLASS folders" if not pairs[0] else
             f"{tests[0]} has no class folders" if tests else f"{root} has no test or val folder")
@@ -281,26 +271,23 @@ def aligned(roots):
         for odd in sorted(ours.keys() ^ files.keys()):
             has, lacks = (roots[0], root) if odd in ours else (root, roots[0])
             raise Refusal(f"{has} has an image {odd!r} and {lacks} has none: the folders need images of the same names")
-    parts, classes, why = found[0]
+    parts, *more = found[0]
     if theirs:
         rows = {file: [file, *(files[place] for files in theirs)] for place, file in ours.items()}
         parts = [part and ([rows[file] for file in part[0]], part[1]) for part in parts]
-    return parts, classes, why
+    return parts, *more
 
 
 def download(name, data_dir):
     """The parts and classes of a data set of torchvision's, fetched to data_dir on first use, and ""."""
     splits = (["unlabeled"] if name == "stl10" else []) + ["train", "test"]
-    kinds = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashionmnist": datasets.FashionMNIST}
+    kind = {key.lower(): value for key, value in vars(datasets).items()}[name]               # torchvision's class
 
     def part(split):
         if name == "svhn":
             return svhn.load(split, data_dir)
-        if name == "stl10":
-            source = datasets.STL10(data_dir, split, download=split == splits[0])
-            return source, None if split == "unlabeled" else source.labels
-        source = kinds[name](data_dir, train=split == "train", download=split == splits[0])
-        return source, source.targets
+        source = kind(data_dir, split if name == "stl10" else split == "train", download=split == splits[0])
+        return source, None if split == "unlabeled" else source.labels if name == "stl10" else source.targets
 
     try:
         parts = [part(split) for split in splits]
