@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Data sets as batches of uint8 pixels, in memory on the training device where they fit, else streamed from disk: an
-`Images` is iterated alike. Each file counts once; broken ones are refused in a sentence, with the first and the count.
-"""
+`Images` is iterated alike. Each file counts once; broken ones are refused, with the first and the count."""
 import functools
 import os
 import warnings
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +13,11 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from . import Refusal, augment, distributed, shapes
+from . import Refusal, augment, distributed, shapes, svhn
 
-HOMES = {"cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html",
-         "cifar100": "https://www.cs.toronto.edu/~kriz/cifar.html",
-         "svhn": "http://ufldl.stanford.edu/housenumbers/",
-         "stl10": "https://cs.stanford.edu/~acoates/stl10/",
+HOMES = {**dict.fromkeys(("cifar10", "cifar100"), "https://www.cs.toronto.edu/~kriz/cifar.html"),
+         "svhn": "http://ufldl.stanford.edu/housenumbers/", "stl10": "https://cs.stanford.edu/~acoates/stl10/",
          "fashionmnist": "https://github.com/zalandoresearch/fashion-mnist"}
 NAMES = ("shapes", "patterns", *HOMES, "folder")
 
@@ -30,10 +25,9 @@ NAMES = ("shapes", "patterns", *HOMES, "folder")
 class Images:
     """N square RGB images, (N, 3, S, S) uint8, or stacks of F aligned ones, (N, 3 F, S, S), and their labels.
 
-    source: such a tensor, or a `Decoder`, which gives the images one by one. labels: (N,) int64 on the device, or None.
-    pixels: on the device, or None where they are streamed. aspect: (N,) on the CPU, width / height of the photographs
-    that were squashed to these squares; 1 where they were cropped.
-    """
+    source: such a tensor, or a `Decoder`. labels: (N,) int64 on the device, or None. pixels: on the device, or None
+    where they are streamed. aspect: (N,) on the CPU, width / height of the photographs that were squashed to these
+    squares; 1 where they were cropped."""
 
     def __init__(self, source, labels, device, workers, in_memory, aspect=None):
         self.source, self.device, self.workers, self.shape = source, device, workers, tuple(source.shape[-3:])
@@ -51,26 +45,23 @@ class Images:
 
     def batches(self, index_batches):
         """Yields uint8 (B, 3, S, S) on the device for each (B,) of the index tensors."""
-        if self.pixels is not None:
-            for index in index_batches:
-                yield self.pixels[augment.send(index, self.device)]
-        else:
-            for batch in stream(self.source, self.workers, index_batches, self.device.type == "cuda"):
-                yield augment.send(batch, self.device)
+        streamed = stream(self.source, self.workers, index_batches, self.device.type == "cuda")
+        for batch in streamed if self.pixels is None else index_batches:
+            batch = augment.send(batch, self.device)
+            yield batch if self.pixels is None else self.pixels[batch]
 
     def at(self, index):
         """uint8 (B, 3, S, S) on the CPU for a (B,) tensor of indices."""
         return next(self.batches([index.cpu()])).cpu()
 
     def random_indices(self, n):
-        """The indices of n images, or of all where there are fewer, drawn at random but always the same."""
+        """The indices of n images, or of all if there are fewer, drawn at random but always the same."""
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:n]
 
 
 class Data(NamedTuple):
-    """train: what the method sees. centred: the same as an encoder sees them, resized and centre-cropped. labelled,
-    test: what the probe trains and is scored on; None where there are no labels, and `unlabelled` then says why.
-    classes: their names."""
+    """train: what the method sees. centred: the same resized and centre-cropped, as encoders see them. labelled, test:
+    for the probe; None where there are no labels, and `unlabelled` then says why. classes: their names."""
     train: Images
     centred: Images
     labelled: Images | None
@@ -80,13 +71,12 @@ class Data(NamedTuple):
 
     def __str__(self):
         """How many images there are, of what size, and where they are kept."""
-        counts = {"training images": self.train, "labelled ones": self.labelled,
-                  f"test images of {len(self.classes)} classes": self.test}
-        if self.labelled and len(self.labelled) == len(self.train):
-            del counts["labelled ones"]
-        counts = ", ".join(f"{len(images):,} {what}" for what, images in counts.items() if images)
+        counted = ((self.train, "training images"),
+                   (None if self.labelled is self.centred else self.labelled, "labelled ones"),
+                   (self.test, f"test images of {len(self.classes)} classes"))
         kept = "decoded as they are needed" if self.train.pixels is None else f"in the memory of {self.train.device}"
-        return f"{counts}, {self.train.shape[-1]} x {self.train.shape[-1]}, {kept}"
+        counts = [f"{len(images):,} {what}" for images, what in counted if images]
+        return ", ".join([*counts, "{1} x {2}".format(*self.train.shape), kept])
 
 
 class Batches:
@@ -112,10 +102,8 @@ class Batches:
 
 
 def epoch_order(n, batch_size, seed, epoch, rank=0, world=1):
-    """The epoch's batches of this process, (steps, batch_size // world) indices below n, from (seed, epoch) alone.
-
-    The images that do not fill a last batch are left out: another epoch's order has them.
-    """
+    """The epoch's batches of this process, (steps, batch_size // world) indices below n, from (seed, epoch) alone. The
+    images that do not fill a last batch are left out: another epoch's order has them."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return order[: n // batch_size * batch_size].view(-1, world, batch_size // world)[:, rank]
 
@@ -125,12 +113,11 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
 
     `shapes` (and `patterns`) trains on 2,000 images and probes with the labels of 500 of them, tested on 1,000: with
     more, neighbours in pixels would tell the classes. data_dir: where downloads are kept, or the user's folder, or a
-    list of `aligned` ones, whose images come as 3 channels each. cache_gb: 10^9 bytes that may be kept on the device; a
-    larger data set is streamed by `workers` processes. seed: of `shapes` and `patterns`. store_size: a folder's
-    training images are squashed to squares of this side, or of the largest image's, for views that are cut from the
-    whole photograph; None: cropped like the others. Raises Refusal where images are missing or cannot be read.
-    """
-    roots = [Path(root) for root in data_dir] if isinstance(data_dir, (list, tuple)) else [Path(data_dir)]
+    list of `aligned` ones, whose images come as 3 channels each. cache_gb: 10^9 bytes that may be kept on the device;
+    more is streamed by `workers` processes. seed: of `shapes` and `patterns`. store_size: a folder's training images
+    are squashed to squares of this side, or of the largest image's, for views that are cut from the whole photograph;
+    None: cropped like the others. Raises Refusal where images are missing or cannot be read."""
+    roots = list(map(Path, data_dir if isinstance(data_dir, (list, tuple)) else [data_dir]))
     channels, why, whole, aspect = 3 * len(roots), "", None, None
     if name in ("shapes", "patterns"):
         classes = shapes.CLASSES if name == "shapes" else shapes.PATTERNS
@@ -154,9 +141,6 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
     return Data(train, centred, labelled, test, tuple(classes), why)
 
 
-# ---- decoding
-
-
 class Decoder(Dataset):
     """What read(image, S) makes of the images of a source, by default uint8 (channels, S, S). The source has paths,
     (image, label) pairs, or lists of paths, whose images are stacked. For one that cannot be read it gives the sentence
@@ -172,8 +156,8 @@ class Decoder(Dataset):
         item, found = self.source[i], []
         try:
             for what in item[:1] if isinstance(item, tuple) else item if isinstance(item, list) else [item]:
-                with warnings.catch_warnings(action="ignore"), (                  # of odd metadata, of large images
-                        what if isinstance(what, Image.Image) else Image.open(what)) as image:
+                with warnings.catch_warnings(action="ignore"), what if isinstance(what, Image.Image) else \
+                        Image.open(what) as image:                            # it warns of odd metadata
                     found.append(self.read(image, self.shape[-1]))
             return torch.cat(found)
         except Exception as error:                                            # Pillow's decoders raise all sorts
@@ -182,8 +166,7 @@ class Decoder(Dataset):
 
 def stream(source, workers, index_batches=None, pin_memory=False):
     """Yields what a `Decoder` gives for each (B,) of the index tensors, or for all in order, stacked, from worker
-    processes at most two batches ahead each. Raises Refusal, which names the first that cannot be read and counts them.
-    """
+    processes at most two batches ahead each. Refusal names the first that cannot be read and counts the others."""
     index_batches, broken = torch.arange(len(source)).split(256) if index_batches is None else index_batches, []
     for batch in DataLoader(source, batch_sampler=[batch.tolist() for batch in index_batches], num_workers=workers,
                             collate_fn=stack, pin_memory=pin_memory, generator=torch.Generator()):   # not torch's own
@@ -218,12 +201,12 @@ def to_pixels(image, size, squash=False):
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image, side = image.convert("RGB"), 8 * min(image.size)
-    if max(image.size) > side and not squash:                                 # a strip, resized, would be enormous
-        image = TF.center_crop(image, [min(image.height, side), min(image.width, side)])
+    image = image.convert("RGB")
     if squash:
         image = TF.resize(image, [size, size])
     elif image.size != (size, size):
+        if max(image.size) > 8 * min(image.size):                             # a strip, resized, would be enormous
+            image = TF.center_crop(image, [min(side, 8 * min(image.size)) for side in (image.height, image.width)])
         image = TF.center_crop(TF.resize(image, size), size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -244,24 +227,21 @@ def image_files(folder):
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         tops += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
-        for name in names:
+        for name in (n for n in names if n.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not n.startswith(".")):
             path = os.path.join(place, name)
-            if (name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-                    and (os.path.isfile(path) or not os.path.exists(path))):  # a broken link is refused, not left out
-                linked = os.path.islink(path)
+            linked = os.path.islink(path)
+            if os.path.isfile(path) or not os.path.exists(path):              # a broken link is refused, not left out
                 found.append((linked, path, os.path.realpath(path) if linked else os.path.join(real, name)))
     return sorted({real: path for _, path, real in sorted(found, reverse=True)}.values())
-
-
-def by_class(part):
-    """(class, image) of the images in the folders in the folder `part`, in order."""
-    places = ((file[len(str(part)) + 1 :].split(os.sep), file) for file in image_files(part))
-    return sorted((place[0], file) for place, file in places if len(place) > 1)
 
 
 def folder(root):
     """A user's own images, DIR/train/CLASS/* with DIR/test/CLASS/* (or val), or images without classes: the parts, the
     classes, and, where there are none, why."""
+    def by_class(part):                                                       # (class, image) of what is in folders
+        places = ((file[len(str(part)) + 1 :].split(os.sep), file) for file in image_files(part))
+        return sorted((place[0], file) for place, file in places if len(place) > 1)
+
     if not root.is_dir():
         raise Refusal(f"--data-dir {root} is not a folder: --dataset folder reads {root}/train/CLASS/* and "
                       f"{root}/test/CLASS/*, or images without classes below {root}")
@@ -270,7 +250,7 @@ def folder(root):
     pairs = [by_class(train) if train != root else [], by_class(tests[0]) if tests else []]
     if [] in pairs:
         if not (files := image_files(train)):
-            raise Refusal(f"--data-dir {root}: no images in {train} ({', '.join(IMG_EXTENSIONS)})")
+            raise Refusal(f"--data-dir {root}: no images in {train} ({', '.join(datasets.folder.IMG_EXTENSIONS)})")
         return [(files, None), None, None], (), (
             f"{root} has no train/CLASS folders" if not pairs[0] else
             f"{tests[0]} has no class folders" if tests else f"{root} has no test or val folder")
@@ -292,55 +272,30 @@ def aligned(roots):
         for odd in sorted(ours.keys() ^ files.keys()):
             has, lacks = (roots[0], root) if odd in ours else (root, roots[0])
             raise Refusal(f"{has} has an image {odd!r} and {lacks} has none: the folders need images of the same names")
-    parts, classes, why = found[0]
+    parts, *more = found[0]
     if theirs:
         rows = {file: [file, *(files[place] for files in theirs)] for place, file in ours.items()}
         parts = [part and ([rows[file] for file in part[0]], part[1]) for part in parts]
-    return parts, classes, why
+    return parts, *more
 
 
-def download(name, data_dir, fetch=False):
+def download(name, data_dir):
     """The parts and classes of a data set of torchvision's, fetched to data_dir on first use, and ""."""
+    splits = (["unlabeled"] if name == "stl10" else []) + ["train", "test"]
+    kind = {key.lower(): value for key, value in vars(datasets).items()}[name]               # torchvision's class
+
     def part(split):
         if name == "svhn":
-            return svhn(split, data_dir, fetch)
-        if name == "stl10":
-            source = datasets.STL10(data_dir, split, download=fetch)
-            return source, None if split == "unlabeled" else source.labels
-        kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashionmnist": datasets.FashionMNIST}[name]
-        source = kind(data_dir, train=split == "train", download=fetch)
-        return source, source.targets
+            return svhn.load(split, data_dir)
+        source = kind(data_dir, split if name == "stl10" else split == "train", download=split == splits[0])
+        return source, None if split == "unlabeled" else source.labels if name == "stl10" else source.targets
 
-    splits = (["unlabeled"] if name == "stl10" else []) + ["train", "test"]
     try:
         parts = [part(split) for split in splits]
-    except Exception as error:                                                # torchvision: "not found or corrupted"
-        if not fetch:
-            return download(name, data_dir, fetch=True)
+    except Exception as error:                                                # torchvision raises all sorts
         reason = (str(error).splitlines() or [type(error).__name__])[-1]      # of a list of mirrors, the last one's
         raise Refusal(f"--dataset {name} is not in {Path(data_dir).resolve()} and could not be downloaded ({reason}): "
                       f"get it from {HOMES[name]} and put it there, or use --dataset shapes or --dataset folder, which "
                       f"need no download") from None
     classes = getattr(parts[-1][0], "classes", None) or [str(c) for c in range(10)]
     return [None] * (3 - len(parts)) + parts, classes, ""
-
-
-def svhn(split, data_dir, fetch):
-    """Street View House Numbers, cropped digits. torchvision's class needs SciPy for the two arrays of a file of
-    MATLAB 5: each compressed, with a header, its flags, shape, name and values, padded to 8 bytes."""
-    (url, filename, md5), arrays = datasets.SVHN.split_list[split], []
-    path = Path(data_dir) / filename
-    if fetch:
-        datasets.utils.download_url(url, data_dir, filename, md5)
-    elif not datasets.utils.check_integrity(path, md5):
-        raise RuntimeError("SVHN not found or corrupted")
-    rest = path.read_bytes()[128:]
-    while rest:
-        size = int.from_bytes(rest[4:8], "little")
-        matrix, rest = zlib.decompress(rest[8 : 8 + size]), rest[8 + size :]
-        shape = np.frombuffer(matrix, "<i4", int.from_bytes(matrix[28:32], "little") // 4, 32)
-        start = 48 + -(-shape.nbytes // 8) * 8                                # of the values
-        kind = {2: "u1", 9: "<f8"}[int.from_bytes(matrix[start - 8 : start - 4], "little")]
-        arrays.append(np.frombuffer(matrix, kind, shape.prod(), start).reshape(shape, order="F"))
-    images, labels = arrays[0].transpose(3, 0, 1, 2), arrays[1].reshape(-1) % 10              # (N, 32, 32, 3); 10 is 0
-    return [(Image.fromarray(image), None) for image in images], labels
