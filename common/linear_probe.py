@@ -103,7 +103,7 @@ def knn(train_x, train_y, test_x, test_y, k=200, tau=0.1):
     parts = list(zip(test_x.split(1000), test_y.split(1000)))
     for x, y in told(parts, len(parts), "batches of 1000 test images in kNN"):
         similarity, index = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)  # (B, k)
-        votes = torch.zeros(len(x), classes, device=x.device)
+        votes = similarity.new_zeros(len(x), classes)
         votes.scatter_add_(1, train_y[index], (similarity / tau).exp())
         right += (votes.argmax(dim=1) == y).sum().item()
     return right / len(test_x)
