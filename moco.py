@@ -197,9 +197,9 @@ def info_nce(q, k, negatives, tau, own=None):
 def nce(q, k, negatives, tau, images, own):
     """Noise-contrastive estimation (Wu et al. 2018, equations 5 to 8), mean over the queries: a scalar.
 
-    Telling the key from m draws of the n = `images`: a logistic regression on log p - log(m / n), p = exp(q.k / tau) /
-    Z, Z = n times the mean of exp(q.k_i / tau) over all queries and negatives, without gradient. The rest as in
-    `info_nce`, all of length 1. Equal keys give log(1 + m) + m log(1 + 1 / m), the chance level.
+    Telling the key from m draws of the n = `images` by log p - log(m / n), p = exp(q.k / tau) / Z, Z = n times the mean
+    of exp(q.k_i / tau) over all queries and negatives, without gradient. All are of length 1, else as in `info_nce`.
+    Equal keys give log(1 + m) + m log(1 + 1 / m), the chance level.
     """
     with torch.autocast(q.device.type, enabled=False):
         others = (q @ negatives.T / tau).masked_fill(own, -math.inf)          # (N, m)
@@ -260,14 +260,11 @@ def arguments(argv):
     number("--weight-decay", 5e-4, "[0, inf)", "of all weights (paper: 0.0001)")
     number("--tau", 0.1, "(0, inf)", "temperature of the loss (v1: 0.07, v2: 0.2)")
     args = parser.parse(argv, DEFAULTS)
-    unused = {"queue": ("bank_m",), "memory-bank": ("m",), "end-to-end": ("m", "bank_m", "negatives")}[args.dictionary]
+    unused = {"queue": ("bank_m", "contrast"), "memory-bank": ("m", "symmetric"),
+              "end-to-end": ("m", "bank_m", "contrast", "negatives")}[args.dictionary]
     parser.refuse_unused(args, unused, f"--dictionary {args.dictionary}")
     if args.dictionary == "queue" and args.negatives == 0:
         raise Refusal("--negatives 0 leaves the queue empty: give its length")
-    if args.contrast == "nce" and args.dictionary != "memory-bank":
-        raise Refusal(f"--contrast nce needs --dictionary memory-bank, not {args.dictionary}")
-    if args.dictionary == "memory-bank" and args.symmetric:
-        raise Refusal("--symmetric has no second view in --dictionary memory-bank: leave one of them out")
     if args.batch_size % args.bn_groups:
         raise Refusal(f"--bn-groups {args.bn_groups} does not divide --batch-size {args.batch_size}")
     return args
@@ -339,8 +336,7 @@ def main(argv=None):
                 if bank:                                                      # of the whole batch of all processes
                     index, drawn = distributed.gather(augment.send(index, device)), all_images
                     if args.negatives:
-                        drawn = torch.randint(n, (args.negatives,), generator=rng.generator)
-                        drawn = augment.send(drawn, device)
+                        drawn = augment.send(torch.randint(n, (args.negatives,), generator=rng.generator), device)
                     draws = dict(index=index, drawn=drawn)
                 else:
                     order = torch.randperm(args.batch_size, generator=rng.generator)

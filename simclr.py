@@ -9,16 +9,15 @@ other view j, among all 2N views (equation 1, NT-Xent):
 The loss is the mean over the 2N views. What is kept, and probed, is h.
 
     python simclr.py                                        # embedded data, two minutes on two cores
-    python simclr.py --dataset cifar10                      # ResNet-18, 200 epochs
-    torchrun --nproc-per-node 4 simclr.py --dataset cifar10 # the same run on four GPUs
+    torchrun --nproc-per-node 4 simclr.py --dataset cifar10 # ResNet-18, 200 epochs; on one GPU without torchrun
 
 Sources of the defaults: cifar10 is dkobak/simclr-cifar10's (SGD, 0.03 for 256 images, decay 5e-4, crops of 0.2: 90.9 %
 linear after 1,000 epochs of batch 1,024); folder is the paper's for ImageNet (LARS, section 2.2; tau 0.1, table 5);
 --optimizer lars brings the authors' rate for CIFAR-10.
 
-Differences from the paper: a head of two layers without batch norm (the authors' code: three with, --head mlp-bn, and
-the last batch norm of each residual block begins at 0); no decay of biases
-and batch norm with SGD, either; inputs are in [0, 1], without normalisation, as in the authors' code.
+Differences from the paper: a head of two layers without batch norm (the authors' code: three with it, --head mlp-bn,
+and each residual block's last batch norm begins at 0); biases and batch norm do not decay with SGD, either. As in the
+authors' code, inputs in [0, 1] are not normalised.
 
 Measured, linear probe / kNN: `shapes` 69.4 +- 6.2 / 49.0 +- 2.9 over three seeds (untrained 30.8 / 15.8), 56 to 75 s
 on one core of an AMD EPYC; `--dataset cifar10 --small` 64.0 / 60.1 (untrained 37.5 / 33.0).
