@@ -19,10 +19,26 @@ import torchvision  # noqa: F401, for the children, which begin with it
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "common").glob("**/*.py"))]
-LEGAL = {  # what is left runs on a GPU all the same, before the first step: (file, line)
+LEGAL = {  # what is left runs on a GPU all the same (an index on the CPU; a value on the CPU already): (file, line)
     ("cmc.py", "model.remember(z, augment.send(index, z.device), 0.0)"),
     ("moco.py", "model.bank[distributed.gather(augment.send(index, device))] = distributed.gather(q)"),
     ("common/cli.py", "torch.empty(1, device=device)"),
+    ("common/evaluation/features.py",
+     "index = nearest(seen(given), train, seen)[1].T.cpu()                      # (Q, k)"),
+    ("common/evaluation/features.py",
+     "y = tsne(F.normalize(linear_probe.features(encoder, part, autocast).cpu(), dim=1))"),
+    ("common/evaluation/features.py",
+     "labels = [0] * len(y) if images.labels is None else images.labels.cpu()[index].tolist()"),
+    ("common/evaluation/few_labels.py", "generator, labels = torch.Generator().manual_seed(seed), labels.cpu()"),
+    ("common/evaluation/few_labels.py",
+     "loss = F.cross_entropy(logits.float(), images.labels[augment.send(batch, device)])"),
+    ("common/evaluation/few_labels.py",
+     "return linear_probe.linear_probe(*(z[index.to(y.device)] for z in (train_x, y)), test_x, images.test.labels)"),
+    ("common/evaluation/generation.py", "x = drawn(torch.zeros(n, size, size, dtype=torch.int64, device=device))"),
+    ("common/evaluation/generation.py",
+     "mean1, cov1, mean2, cov2 = (x.cpu().double() for x in (mean1, cov1, mean2, cov2))"),
+    ("common/evaluation/out_of_distribution.py",
+     "order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0)).to(train_x.device)"),
 }
 
 
