@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SVHN without SciPy, which torchvision's class needs."""
 import zlib
 from pathlib import Path
