@@ -189,7 +189,8 @@ def kill(name, cases, folder, seed=0):
         resumed = (out / "args.json").exists()
         if not resumed:
             shutil.rmtree(out, ignore_errors=True)
-        words = ["--resume", str(out)] if resumed else argv(name, images, "--out", out, "--epochs", 6)
+        words = ["--resume", str(out)] if resumed else argv(
+            name, images, "--out", out, "--epochs", 6, "--knn-every", 2)      # by default it depends on the time
         return subprocess.Popen([sys.executable, ROOT / f"{name}.py", *words], stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
