@@ -282,9 +282,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = CMC(build_encoder(args), entries).to(device, memory_format=torch.channels_last)
     pairs = pairs_of(args.graph, len(model.encoder.nets))
-    net = distributed.wrap(model, device)
-    net = torch.compile(net) if args.compile else net
-    run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
+    net = run.wrap(model)
     peak_lr = args.lr * args.batch_size / 256
     optimizer = torch.optim.SGD(model.parameters(), peak_lr, momentum=0.9, weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)

@@ -279,9 +279,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = CPC(build_encoder(args), args.directions, ahead, args.context_width)
     model = model.to(device, memory_format=torch.channels_last)
-    net = distributed.wrap(model, device)
-    net = torch.compile(net) if args.compile else net
-    run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
+    net = run.wrap(model)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0

@@ -116,10 +116,7 @@ class Encoder(nn.Module):
 
 def near_identity(layer):
     """The layer with weights that begin as the identity, where inputs and outputs have the same number, plus noise."""
-    with torch.no_grad():
-        layer.weight.uniform_(-0.01, 0.01)
-        diagonal = range(min(layer.weight.shape[:2]))
-        layer.weight[diagonal, diagonal] = 1.0
+    nn.init.uniform_(layer.weight, -0.01, 0.01).detach().flatten(1).fill_diagonal_(1.0)
     return layer
 
 
@@ -189,12 +186,13 @@ class DIM(nn.Module):
         ys = [distributed.gather(y) for y in out["Y"].float().chunk(self.views)]
         maps = [distributed.gather(local) for local in out["local"].float().chunk(self.views)]
         maps.reverse()                                                        # of two views Y of one, c of the other
-        if self.alpha > 0:
-            cs = [self.summary(local)[:, None] for local in maps]             # (N, 1, 32 M M): one c, of all the map
-            terms.append(-self.alpha * self.information(self.global_critic, ys, cs))
-        if self.beta > 0:
-            cs = [local.flatten(2).transpose(1, 2) for local in maps]         # (N, M M, C)
-            terms.append(-self.beta * self.information(self.local_critic, ys, cs))
+
+        def information(critic, cs):
+            return sum(mutual_information(*critic(y, c), self.estimator) for y, c in zip(ys, cs)) / self.views
+        if self.alpha > 0:                                                    # one c of all the map, (N, 1, 32 M M)
+            terms.append(-self.alpha * information(self.global_critic, [self.summary(c)[:, None] for c in maps]))
+        if self.beta > 0:                                                     # one of each place, (N, M M, C)
+            terms.append(-self.beta * information(self.local_critic, [c.flatten(2).transpose(1, 2) for c in maps]))
         if self.gamma > 0:
             terms.append(self.prior_matching(distributed.gather(uniform), torch.cat(ys).sigmoid()))
         return out["fc"], terms
@@ -212,27 +210,35 @@ class DIM(nn.Module):
         still = {name: p.detach() for name, p in self.prior.named_parameters()}                # the encoder's alone
         return loss + self.gamma * F.softplus(-torch.func.functional_call(self.prior, still, fake).float()).mean()
 
-    def information(self, critic, ys, cs):
-        """The mean over the views."""
-        return sum(mutual_information(*critic(y, c), self.estimator) for y, c in zip(ys, cs)) / len(ys)
-
 
 # ---- AMDIM
 
 
 class Residual(nn.Module):
-    """A convolution without padding and a 1 x 1 convolution that begins at 0, beside a mean over the same window."""
+    """A convolution without padding and a 1 x 1 convolution that begins at 0, beside a mean over the same window, with
+    zeros for new channels."""
 
     def __init__(self, channels, out, size, stride):
         super().__init__()
-        self.size, self.stride, self.extra = size, stride, out - channels
         self.conv1 = nn.Conv2d(channels, out, size, stride, bias=False)
         self.conv2 = nn.Conv2d(out, out, 1, bias=False)
+        self.shortcut = nn.Sequential(nn.AvgPool2d(size, stride) if size > 1 else nn.Identity(),
+                                      nn.ZeroPad3d((0, 0, 0, 0, 0, out - channels)))
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x):
-        shortcut = F.avg_pool2d(x, self.size, self.stride) if self.size > 1 else x
-        return self.conv2(F.relu(self.conv1(x))) + F.pad(shortcut, (0, 0, 0, 0, 0, self.extra))
+        return self.conv2(F.relu(self.conv1(x))) + self.shortcut(x)
+
+
+class MapEmbedding(Residual):
+    """Of a map (N, C, H, W) to (N, dim, H, W): 1 x 1 convolutions beside a near-identity, then batch norm."""
+
+    def __init__(self, channels, dim):
+        super().__init__(channels, dim, size=1, stride=1)
+        self.shortcut, self.bn = near_identity(nn.Conv2d(channels, dim, 1)), nn.BatchNorm2d(dim)
+
+    def forward(self, x):
+        return self.bn(super().forward(x))
 
 
 class MultiscaleEncoder(nn.Module):
@@ -248,44 +254,28 @@ class MultiscaleEncoder(nn.Module):
         def block(channels, out, size, stride):
             return [Residual(channels, out, size, stride), *(Residual(out, out, 1, 1) for _ in range(depth - 1))]
         stem, channels = [], 3
-        for _ in range(int(math.log2(image_size // 64)) if image_size > 64 else 0):
+        for _ in range(int(math.log2(image_size / 64))):                      # down to 64 pixels
             stem += [nn.Conv2d(channels, width, 5, 2, padding=2, padding_mode="reflect"), nn.ReLU(inplace=True)]
             channels = width
         stem += [nn.Conv2d(channels, width, 3), nn.ReLU(inplace=True)]
         if image_size == 32:
-            stem, last = stem + [Residual(width, width, 1, 1)], 2 * width
+            stem += [Residual(width, width, 1, 1)]
         else:
-            stem, last = stem + block(width, 2 * width, 4, 2), 4 * width
-        self.channels, self.feature_dim = 2 * last, dim
-        self.to_7 = nn.Sequential(*stem, *block(last // 2, last, 4, 2), *block(last, 2 * last, 2, 2))
-        self.to_5 = nn.Sequential(*block(2 * last, 2 * last, 3, 1))
-        self.to_1 = nn.Sequential(*block(2 * last, 2 * last, 3, 1), Residual(2 * last, dim, 3, 1), nn.BatchNorm2d(dim),
-                                  nn.Flatten())
+            stem += block(width, 2 * width, 4, 2)
+            width = 2 * width
+        self.channels, self.feature_dim = 4 * width, dim
+        self.to_7 = nn.Sequential(*stem, *block(width, 2 * width, 4, 2), *block(2 * width, 4 * width, 2, 2))
+        self.to_5 = nn.Sequential(*block(4 * width, 4 * width, 3, 1))
+        self.to_1 = nn.Sequential(*block(4 * width, 4 * width, 3, 1), Residual(4 * width, dim, 3, 1),
+                                  nn.BatchNorm2d(dim), nn.Flatten())
 
     def forward(self, x):
         return self.layers(x)[1]
-
-    def stages(self):
-        return [[self.to_7], [self.to_5], [self.to_1]]
 
     def layers(self, x):
         map_7 = self.to_7(x.contiguous(memory_format=torch.channels_last))
         map_5 = self.to_5(map_7)
         return {7: map_7, 5: map_5, 1: self.to_1(map_5)}
-
-
-class MapEmbedding(nn.Module):
-    """Of a map (N, C, H, W) to (N, dim, H, W): two 1 x 1 convolutions, the second of which begins at 0, beside a
-    near-identity; then batch norm."""
-
-    def __init__(self, channels, dim):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(channels, dim, 1, bias=False), nn.Conv2d(dim, dim, 1, bias=False)
-        self.shortcut, self.bn = near_identity(nn.Conv2d(channels, dim, 1)), nn.BatchNorm2d(dim)
-        nn.init.zeros_(self.conv2.weight)
-
-    def forward(self, x):
-        return self.bn(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
 
 
 class AMDIM(nn.Module):
@@ -320,24 +310,22 @@ def bounded(scores, clip):
     return clip * torch.tanh(scores / clip)
 
 
-def recipe(rng, shape, size, aspect=None):
-    """Of one random view of each image, x (N, 3, H, W), but for the flip, which both views share (appendix, CIFAR; from
-    64 pixels on a crop in place of the shift)."""
-    if size >= 64:
-        steps = augment.random_resized_crop(rng, shape, size, (0.3, 1.0), aspect, ratio=(0.7, 1.4))
-    else:
-        steps = augment.random_shift(rng, shape[0], reach=size // 8, p=0.8)
-    steps += augment.random_color_jitter(rng, shape[0], 0.4, 0.4, 0.4, 0.2, p=0.8)
-    return steps + augment.random_grayscale(rng, shape[0], p=0.25)
-
-
 def random_views(x, rng, size, count, aspect=None):
-    """x uint8 (N, 3, S, S) to (count N, 3, S, S) in [0, 1]; one view is the image itself. aspect: (N,), width / height
-    of photographs squashed to these squares, where views are crops."""
+    """x uint8 (N, 3, S, S) to (count N, 3, S, S) in [0, 1]. One view is the image itself; two share the flip only, and
+    are else AMDIM's (appendix, CIFAR; from 64 pixels on with a crop in place of the shift). aspect: (N,), width /
+    height of photographs squashed to these squares, where views are crops."""
     if count == 1:
         return x.float() / 255
-    flip = augment.random_horizontal_flip(rng, len(x))
-    return torch.cat([augment.apply(x, flip + recipe(rng, x.shape, size, aspect)) for _ in range(2)])
+    n, views = len(x), []
+    flip = augment.random_horizontal_flip(rng, n)
+    for _ in range(2):
+        if size >= 64:
+            steps = augment.random_resized_crop(rng, x.shape, size, (0.3, 1.0), aspect, ratio=(0.7, 1.4))
+        else:
+            steps = augment.random_shift(rng, n, reach=size // 8, p=0.8)
+        steps += augment.random_color_jitter(rng, n, 0.4, 0.4, 0.4, 0.2, p=0.8)
+        views.append(augment.apply(x, flip + steps + augment.random_grayscale(rng, n, p=0.25)))
+    return torch.cat(views)
 
 
 def build_encoder(args):
@@ -392,11 +380,10 @@ def arguments(argv):
     number("--weight-decay", 0.0, "[0, inf)", "of all weights")
     args = parser.parse(argv, DEFAULTS)
     multiscale = args.objective == "multiscale"
-    unused = ("estimator", "critic", "alpha", "beta", "gamma", "arch", "stem") if multiscale else ("depth", "tasks")
+    unused = ("views", "estimator", "critic", "alpha", "beta", "gamma", "arch", "stem") if multiscale else \
+        ("depth", "tasks")
     parser.refuse_unused(args, unused, f"--objective {args.objective}")
     if multiscale:
-        if args.views == 1:
-            raise Refusal("--views 1 leaves --objective multiscale nothing to predict: leave one of them out")
         if args.image_size % 32 or (args.image_size // 32).bit_count() > 1:
             raise Refusal(f"--image-size {args.image_size} does not end in maps of 7 and 5: --objective multiscale "
                           f"takes 32, 64, 128 ...")
@@ -426,32 +413,28 @@ def main(argv=None):
     images, batches = run.data(store_size=2 * args.image_size if crops else None)
 
     torch.manual_seed(args.seed)
+    encoder = build_encoder(args)
+    encoders = {"trained": encoder}                                           # fc, or AMDIM's global vector
     if multiscale:
-        model = AMDIM(build_encoder(args), args.tasks)
+        model, betas, notes = AMDIM(encoder, args.tasks), (0.8, 0.999), {"loss": "chance 0.000", "penalty": ""}
     else:
-        model = DIM(build_encoder(args), args.views, args.alpha, args.beta, args.gamma, args.estimator, args.critic,
-                    args.units)
+        model, betas = DIM(encoder, args.views, args.alpha, args.beta, args.gamma, args.estimator, args.critic,
+                           args.units), (0.9, 0.999)
+        level = math.log(4) if args.estimator == "jsd" else 0.0
+        terms = [("global", args.alpha, args.alpha * level), ("local", args.beta, args.beta * level),
+                 ("prior", args.gamma, math.log(4))]
+        notes = {name: f"chance {chance:.3f}" for name, weight, chance in terms if weight > 0}
+        encoders["trained conv"] = nn.Sequential(encoder.lower, encoder.upper, nn.Flatten())
+        encoders["trained Y"] = nn.Sequential(encoder, encoder.y)
     model = model.to(device, memory_format=torch.channels_last)
-    net = distributed.wrap(model, device)
-    net = torch.compile(net) if args.compile else net
-    run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
-    betas = (0.8, 0.999) if multiscale else (0.9, 0.999)
+    net = run.wrap(model)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, betas, weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
     rng = augment.Random(args.seed, rank, world)
 
-    names = ["loss", "penalty"] if multiscale else \
-        [name for name, weight in (("global", args.alpha), ("local", args.beta), ("prior", args.gamma)) if weight > 0]
-    level = math.log(4) if args.estimator == "jsd" and not multiscale else 0.0
-    chance = {"loss": 0.0, "global": args.alpha * level, "local": args.beta * level, "prior": math.log(4)}
-    notes = {name: f"chance {chance[name]:.3f}" if name in chance else "" for name in names}
     progress = run.progress(args.epochs, len(batches), args.batch_size, notes)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
-    encoders, encoder = {"trained": model.encoder}, model.encoder             # fc, or AMDIM's global vector
-    if not multiscale:
-        encoders["trained conv"] = nn.Sequential(encoder.lower, encoder.upper, nn.Flatten())
-        encoders["trained Y"] = nn.Sequential(encoder, encoder.y)
     run.watch(autocast, encoders)
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
@@ -472,7 +455,7 @@ def main(argv=None):
                 scaler.scale(sum(terms)).backward()
                 scaler.step(optimizer)                                        # skipped where a gradient overflowed
                 scaler.update()
-                progress.update(epoch, step, h, **dict(zip(names, terms)))    # saves and ends here after Ctrl-C
+                progress.update(epoch, step, h, **dict(zip(notes, terms)))    # saves and ends here after Ctrl-C
             progress.end_epoch(epoch, lr=optimizer.param_groups[0]["lr"])
             first_step = 0
 

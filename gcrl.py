@@ -350,9 +350,7 @@ def main(argv=None):
         nn.ModuleList([model.decoder, model.decoder_norm, model.to_logits]).requires_grad_(False)
     if not contrast:
         model.head.requires_grad_(False)
-    net = distributed.wrap(model, device)
-    net = torch.compile(net) if args.compile else net
-    run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
+    net = run.wrap(model)
     vectors, matrices = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (False, True))
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)

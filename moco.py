@@ -110,39 +110,31 @@ class MoCo(nn.Module):
             self.register_buffer("bank", F.normalize(torch.randn(entries, dim), dim=1))       # (images, C)
 
     def forward(self, x1, x2, tau, symmetric=False, **draws):
-        """The loss of a batch, the features h of x1, and q and k (or None) for `remember`.
+        """The loss of a batch, the features h of x1, and q and k (None with a bank) for `remember`.
 
-        x1, x2: (N, 3, S, S) views. symmetric: each is the query once, and the loss the mean; else x1 is. draws: what
-        the mechanism asks for, see there.
+        x1, x2: (N, 3, S, S) views; x1 is the query, or if symmetric each is once, and the loss is the mean.
+        draws: order, for `shuffled`; or with a bank, which takes no x2, index (N,), which training images these are,
+        and drawn (K,), whose vectors are the negatives.
         """
-        look_up = {"queue": self.in_queue, "memory-bank": self.in_bank, "end-to-end": self.in_batch}[self.dictionary]
-        loss, h, q, k = look_up(x1, x2, tau, **draws)
+        loss, h, q, k = self.look_up(x1, x2, tau, **draws)
         if symmetric:
-            loss_2, _, _, k_2 = look_up(x2, x1, tau, **draws)                 # the queue has neither k
+            loss_2, _, _, k_2 = self.look_up(x2, x1, tau, **draws)            # the queue has neither k
             loss, k = (loss + loss_2) / 2, torch.cat([k, k_2])
         return loss, h, q, k
 
-    def in_queue(self, x_q, x_k, tau, order):
-        """order: (N,), the shuffle of the keys' batch norm (`shuffled`)."""
+    def look_up(self, x_q, x_k, tau, order=None, index=None, drawn=None):
         h, q = self.query(x_q)                                                # (N, feature_dim), (N, C)
         q = distributed.gather(q)
+        if self.dictionary == "memory-bank":
+            contrast = functools.partial(nce, images=len(self.bank)) if self.contrast == "nce" else info_nce
+            own = index[:, None] == drawn                                     # (N, K): no negative to itself
+            return contrast(q, self.bank[index], self.bank[drawn], tau, own=own), h, q, None
+        if self.dictionary == "end-to-end":
+            k = shuffled(self.query, x_k, order)
+            return info_nce(q, k, k, tau, own=torch.eye(len(q), dtype=torch.bool, device=q.device)), h, q, k
         with torch.no_grad():
             k = shuffled(self.key, x_k, order)
         return info_nce(q, k, self.queue, tau), h, q, k
-
-    def in_bank(self, x_q, x_k, tau, index, drawn):
-        """index: (N,), which training images these are. drawn: (K,), whose vectors are the negatives. No x_k."""
-        h, q = self.query(x_q)
-        q = distributed.gather(q)
-        own = index[:, None] == drawn                                         # (N, K): no negative to itself
-        contrast = functools.partial(nce, images=len(self.bank)) if self.contrast == "nce" else info_nce
-        return contrast(q, self.bank[index], self.bank[drawn], tau, own=own), h, q, None
-
-    def in_batch(self, x_q, x_k, tau, order):
-        """order: as for the queue."""
-        h, q = self.query(x_q)
-        q, k = distributed.gather(q), shuffled(self.query, x_k, order)
-        return info_nce(q, k, k, tau, own=torch.eye(len(q), dtype=torch.bool, device=q.device)), h, q, k
 
     @torch.no_grad()
     def remember(self, q, k, index=None):
@@ -197,9 +189,9 @@ def info_nce(q, k, negatives, tau, own=None):
 def nce(q, k, negatives, tau, images, own):
     """Noise-contrastive estimation (Wu et al. 2018, equations 5 to 8), mean over the queries: a scalar.
 
-    Telling the key from m draws of the n = `images` by log p - log(m / n), p = exp(q.k / tau) / Z, Z = n times the mean
-    of exp(q.k_i / tau) over all queries and negatives, without gradient. All are of length 1, else as in `info_nce`.
-    Equal keys give log(1 + m) + m log(1 + 1 / m), the chance level.
+    The key is told from m draws out of n = `images` by log p - log(m / n), where p = exp(q.k / tau) / Z, and Z is n
+    times the mean of exp(q.k_i / tau) over all queries and negatives, without gradient. Arguments as in `info_nce`,
+    but of length 1 already. Equal keys give log(1 + m) + m log(1 + 1 / m), the chance level.
     """
     with torch.autocast(q.device.type, enabled=False):
         others = (q @ negatives.T / tau).masked_fill(own, -math.inf)          # (N, m)
@@ -295,12 +287,9 @@ def main(argv=None):
     query = EncoderWithHead(args.arch, args.stem, args.width, args.head, max(1, args.bn_groups // world))
     model = MoCo(query, args.dictionary, n if bank else args.negatives, args.m, args.bank_m, contrast=args.contrast)
     model = model.to(device, memory_format=torch.channels_last)
-    net = distributed.wrap(model, device, sync_batch_norm=args.bn_groups == 1)
-    net = torch.compile(net) if args.compile else net
-    run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
+    net = run.wrap(model, sync_batch_norm=args.bn_groups == 1)
     peak_lr = args.lr * args.batch_size / 256
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(weights, peak_lr, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(model.query.parameters(), peak_lr, momentum=0.9, weight_decay=args.weight_decay)
     schedule = {"cosine": cosine, "steps": step_decay}[args.schedule]
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0

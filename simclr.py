@@ -288,9 +288,7 @@ def main(argv=None):
     if args.loss == "supervised":                                             # z is the logits
         dim, head = len(images.classes), "linear"
     model = SimCLR(build_encoder(args), dim, head).to(device, memory_format=torch.channels_last)
-    net = distributed.wrap(model, device)
-    net = torch.compile(net) if args.compile else net
-    run.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
+    net = run.wrap(model)
     peak_lr = args.lr * args.batch_size / 256
     groups = parameter_groups(model, args.weight_decay)
     if args.optimizer == "lars":

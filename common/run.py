@@ -73,6 +73,12 @@ class Run:
         self.ready("data", self.images)
         return self.images, batches
 
+    def wrap(self, model, sync_batch_norm=True):
+        """The model as it is trained: by `distributed.wrap`, and compiled where settings["compile"] says so."""
+        net = distributed.wrap(model, self.device, sync_batch_norm)
+        self.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
+        return torch.compile(net) if self.settings["compile"] else net
+
     # ---- files
 
     def make_folder(self):
