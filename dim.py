@@ -34,6 +34,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import Conv2dNormActivation
 
 from common import Refusal, augment, cli, distributed, resnet
 from common.run import Run, cosine
@@ -81,22 +82,18 @@ class Encoder(nn.Module):
 
     def __init__(self, arch, stem, width, image_size, dim=64):
         super().__init__()
-        def stage(channels, out):
-            return nn.Sequential(nn.Conv2d(channels, out, 4, 2, padding=1, bias=False), nn.BatchNorm2d(out),
-                                 nn.ReLU(inplace=True))
         if arch == "conv":
             depth = max(2, int(math.log2(image_size // 8)))                   # of the local map: a layer more at 64
             sizes = [3, *(width * 2**i for i in range(depth + 1))]
-            stages = [stage(*pair) for pair in zip(sizes, sizes[1:])]
+            stages = [Conv2dNormActivation(*pair, 4, 2, padding=1) for pair in zip(sizes, sizes[1:])]
             self.lower, self.upper = nn.Sequential(*stages[:-1]), stages[-1]
         else:
             net = getattr(resnet, arch)(stem, width)
             self.lower = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3)
             self.upper = nn.Sequential(net.layer4, nn.AdaptiveAvgPool2d(1))
-        with torch.no_grad():                                                 # of each size: as an image says
-            local = self.lower.eval()(torch.zeros(1, 3, image_size, image_size))
-            self.local_dim, self.positions = local.shape[1], local[0, 0].numel()
-            self.conv_dim = self.upper.eval()(local).numel()
+        with torch.no_grad():                                                 # the sizes are those that an image gives
+            local = self.eval().lower(torch.zeros(1, 3, image_size, image_size))
+            self.local_dim, self.positions, self.conv_dim = *local.flatten(2).shape[1:], self.upper(local).numel()
         self.fc = nn.Sequential(nn.Linear(self.conv_dim, 16 * width), nn.BatchNorm1d(16 * width), nn.ReLU())
         self.y = nn.Linear(16 * width, dim)
         self.train()
@@ -213,6 +210,8 @@ class DIM(nn.Module):
 
 # ---- AMDIM
 
+TASKS = ("1-5", "1-7", "5-5")  # the first: the global vector of one view predicts the 5 x 5 map of the other
+
 
 class Residual(nn.Module):
     """A convolution without padding and a 1 x 1 convolution that begins at 0, beside a mean over the same window, with
@@ -258,16 +257,13 @@ class MultiscaleEncoder(nn.Module):
             stem += [nn.Conv2d(channels, width, 5, 2, padding=2, padding_mode="reflect"), nn.ReLU(inplace=True)]
             channels = width
         stem += [nn.Conv2d(channels, width, 3), nn.ReLU(inplace=True)]
-        if image_size == 32:
-            stem += [Residual(width, width, 1, 1)]
-        else:
-            stem += block(width, 2 * width, 4, 2)
-            width = 2 * width
-        self.channels, self.feature_dim = 4 * width, dim
-        self.to_7 = nn.Sequential(*stem, *block(width, 2 * width, 4, 2), *block(2 * width, 4 * width, 2, 2))
-        self.to_5 = nn.Sequential(*block(4 * width, 4 * width, 3, 1))
-        self.to_1 = nn.Sequential(*block(4 * width, 4 * width, 3, 1), Residual(4 * width, dim, 3, 1),
-                                  nn.BatchNorm2d(dim), nn.Flatten())
+        c = width if image_size == 32 else 2 * width
+        stem += [Residual(width, c, 1, 1)] if image_size == 32 else block(width, c, 4, 2)
+        self.channels, self.feature_dim = 4 * c, dim
+        self.to_7 = nn.Sequential(*stem, *block(c, 2 * c, 4, 2), *block(2 * c, 4 * c, 2, 2))
+        self.to_5 = nn.Sequential(*block(4 * c, 4 * c, 3, 1))
+        self.to_1 = nn.Sequential(*block(4 * c, 4 * c, 3, 1), Residual(4 * c, dim, 3, 1), nn.BatchNorm2d(dim),
+                                  nn.Flatten())
 
     def forward(self, x):
         return self.layers(x)[1]
@@ -281,8 +277,7 @@ class MultiscaleEncoder(nn.Module):
 class AMDIM(nn.Module):
     """Encoder and the embeddings of its maps, in which vectors of all scales are compared."""
 
-    def __init__(self, encoder, tasks=("1-5", "1-7", "5-5"), clip=20.0, penalty=0.05):
-        """tasks: "1-5" is the global vector of one view, which predicts the 5 x 5 map of the other."""
+    def __init__(self, encoder, tasks=TASKS, clip=20.0, penalty=0.05):
         super().__init__()
         self.encoder, self.tasks, self.clip, self.penalty = encoder, tasks, clip, penalty
         self.embeddings = nn.ModuleDict({scale: MapEmbedding(encoder.channels, encoder.feature_dim)
@@ -297,9 +292,8 @@ class AMDIM(nn.Module):
         loss, penalty, image = 0.0, 0.0, torch.arange(len(views), device=views.device)
         for source, target in (task.split("-") for task in self.tasks):
             a = maps[1].float() if source == "1" else embedded[source][image, position]
-            a, b = a.chunk(2), embedded[target].chunk(2)                      # of each view
-            for view in (0, 1):
-                scores, positives = inner_products(distributed.gather(a[view]), distributed.gather(b[1 - view]))
+            for a, b in zip(a.chunk(2), embedded[target].chunk(2)[::-1]):     # of one view, and of the other
+                scores, positives = inner_products(distributed.gather(a), distributed.gather(b))
                 loss = loss - mutual_information(bounded(scores, self.clip), positives, "infonce") / 2
                 penalty = penalty + self.penalty * scores.square().mean() / 2
         return maps[1], [loss, penalty]
@@ -340,7 +334,6 @@ def build_encoder(args):
 DEFAULTS = [  # of a run that makes these choices, where they differ from those below
     (dict(dataset="shapes"), dict(views=2, estimator="infonce", width=16, units=128, epochs=25, lr=1e-3)),
     (dict(dataset="stl10"), dict(image_size=64)),
-    (dict(dataset="fashionmnist"), dict(image_size=32)),
     (dict(dataset="folder"), dict(image_size=128, arch="resnet18", stem="imagenet")),
     (dict(objective="global"), dict(alpha=1.0, beta=0.0, gamma=1.0)),
     (dict(objective="both"), dict(alpha=0.5, beta=1.0)),
@@ -350,8 +343,7 @@ DEFAULTS = [  # of a run that makes these choices, where they differ from those 
     (dict(objective="multiscale"), dict(views=2, estimator="infonce", arch="conv", stem="cifar", width=128, units=1024,
                                         batch_size=200, lr=2e-4, weight_decay=1e-5, epochs=300)),
     (dict(dataset="shapes", objective="multiscale"), dict(width=16, units=128, epochs=20, batch_size=64, lr=1e-3)),
-    (dict(small=True, objective="multiscale"), dict(image_size=32, width=16, units=256, depth=1, epochs=5,
-                                                    batch_size=128, lr=1e-3)),
+    (dict(small=True, objective="multiscale"), dict(width=16, units=256, depth=1, epochs=5, batch_size=128, lr=1e-3)),
 ]
 
 
@@ -362,8 +354,7 @@ def arguments(argv):
         help="DIM's mutual information of Y with each place, with all of the map, with both; or AMDIM")
     add("--estimator", choices=("jsd", "infonce", "dv"), default="jsd", help="DIM's; AMDIM has infonce")
     add("--critic", choices=("dot", "concat"), default="dot", help="DIM's T: encode-and-dot, concat-and-convolve")
-    add("--views", type=int, choices=(1, 2), default=1,
-        help="DIM of each image itself, or of two augmented views, Y of one and the places of the other (AMDIM: 2)")
+    add("--views", type=int, choices=(1, 2), default=1, help="1: the image itself; 2: Y of one view, c of the other")
     number("--alpha", 0.0, "[0, inf)", "weight of the global objective")
     number("--beta", 1.0, "[0, inf)", "weight of the local objective")
     number("--gamma", 0.1, "[0, inf)", "weight of the adversary that makes Y uniform")
@@ -371,10 +362,8 @@ def arguments(argv):
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers of a ResNet")
     number("--width", 64, "[1, inf)", "channels of the encoder's first layer (AMDIM: 128)")
     number("--depth", 3, "[1, 1000]", "convolutions of each of AMDIM's blocks (ImageNet: 10)")
-    add("--tasks", nargs="+", choices=("1-5", "1-7", "5-5"), default=["1-5", "1-7", "5-5"], help="AMDIM's: the scale "
-        "that predicts, and the scale that is predicted")
-    number("--units", 2048, "[1, inf)", "of T's hidden layers (dot: 2048, concat: 512); dimensions of AMDIM's vectors "
-        "(1024)")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="AMDIM's: which scale predicts which")
+    number("--units", 2048, "[1, inf)", "units of T's hidden layers (concat: 512), dimensions of AMDIM's vectors (1024)")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
     number("--lr", 1e-4, "(0, inf)", "peak learning rate of Adam")
     number("--weight-decay", 0.0, "[0, inf)", "of all weights")
@@ -384,14 +373,12 @@ def arguments(argv):
         ("depth", "tasks")
     parser.refuse_unused(args, unused, f"--objective {args.objective}")
     if multiscale:
-        if args.image_size % 32 or (args.image_size // 32).bit_count() > 1:
-            raise Refusal(f"--image-size {args.image_size} does not end in maps of 7 and 5: --objective multiscale "
-                          f"takes 32, 64, 128 ...")
-        channels = (4 if args.image_size == 32 else 8) * args.width           # of the encoder's maps
+        if args.image_size < 32 or args.image_size.bit_count() > 1:
+            raise Refusal(f"--objective multiscale takes an --image-size of 32, 64, 128 ..., not {args.image_size}")
         if args.tasks == ["5-5"]:
             raise Refusal("--tasks 5-5 leaves the global vector, which is kept, as it began: add 1-5 or 1-7")
-        if args.units < channels:
-            raise Refusal(f"--units {args.units} is less than the encoder's {channels} channels: lower --width")
+        if args.units < (4 if args.image_size == 32 else 8) * args.width:
+            raise Refusal(f"--units {args.units} is less than AMDIM's maps have channels: lower --width")
     elif args.alpha == args.beta == 0:
         raise Refusal("--alpha 0 with --beta 0 leaves no objective: give one of them a weight")
     elif args.arch == "conv" and args.image_size % 8:
