@@ -226,7 +226,7 @@ class Residual(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x):
-        return self.conv2(F.relu(self.conv1(x))) + self.shortcut(x)
+        return self.shortcut(x) + self.conv2(F.relu(self.conv1(x)))
 
 
 class MapEmbedding(Residual):
@@ -363,7 +363,7 @@ def arguments(argv):
     number("--width", 64, "[1, inf)", "channels of the encoder's first layer (AMDIM: 128)")
     number("--depth", 3, "[1, 1000]", "convolutions of each of AMDIM's blocks (ImageNet: 10)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="AMDIM's: which scale predicts which")
-    number("--units", 2048, "[1, inf)", "units of T's hidden layers (concat: 512), dimensions of AMDIM's vectors (1024)")
+    number("--units", 2048, "[1, inf)", "of T's hidden layers (concat: 512); dimensions of AMDIM's vectors (1024)")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
     number("--lr", 1e-4, "(0, inf)", "peak learning rate of Adam")
     number("--weight-decay", 0.0, "[0, inf)", "of all weights")
@@ -430,8 +430,7 @@ def main(argv=None):
             for step, index, x in batches.epoch(epoch, first_step):
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * cosine(epoch * len(batches) + step, args.epochs * len(batches), args.warmup)
-                aspect = images.train.aspect[index]
-                views = random_views(x, rng, args.image_size, args.views, aspect)             # (V N, 3, S, S)
+                views = random_views(x, rng, args.image_size, args.views, images.train.aspect[index])
                 if multiscale:
                     draws = [(25 * rng.uniform(len(x))).long() for _ in range(2)]             # positions, 5 x 5
                 else:

@@ -110,10 +110,10 @@ class GCRL(nn.Module):
         self.embedding = nn.Embedding(num_colours, width)
         self.row_position = nn.Parameter(0.02 * torch.randn(image_size, 1, width))
         self.column_position = nn.Parameter(0.02 * torch.randn(1, image_size, width))
-        self.encoder = nn.ModuleList(Block(width, heads, axis, causal=axis == "column")
-                                     for _ in range(encoder_layers) for axis in ("row", "column"))
+        self.encoder = nn.Sequential(*(Block(width, heads, axis, causal=axis == "column")
+                                       for _ in range(encoder_layers) for axis in ("row", "column")))
         self.encoder_norm = nn.LayerNorm(width)
-        self.decoder = nn.ModuleList(Block(width, heads, "row", causal=True) for _ in range(decoder_layers))
+        self.decoder = nn.Sequential(*(Block(width, heads, "row", causal=True) for _ in range(decoder_layers)))
         self.decoder_norm = nn.LayerNorm(width)
         self.to_logits = nn.Linear(width, num_colours)
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, z_dim))
@@ -137,31 +137,28 @@ class GCRL(nn.Module):
         return dequantise(tokens, self.palette)                               # and back, in [0, 1]
 
     def encode_grid(self, tokens):
-        x = self.embedding(tokens) + self.row_position + self.column_position                # (N, H, W, C)
-        for block in self.encoder:
-            x = block(x)
-        return self.encoder_norm(x)
+        x = self.embedding(tokens) + self.row_position + self.column_position                 # (N, H, W, C)
+        return self.encoder_norm(self.encoder(x))
 
     def encode(self, tokens):
         """The feature of each image: (N, H, W) tokens to (N, width), the mean over all positions."""
         return self.encode_grid(tokens).mean(dim=(1, 2))
 
     def decode(self, grid, tokens):
-        """The encoder's output (N, H, W, C) and the tokens to logits (N, H, W, V)."""
         above = F.pad(grid, (0, 0, 0, 0, 1, 0))[:, :-1]                       # row r holds the encoder's row r - 1
         left = F.pad(self.embedding(tokens), (0, 0, 1, 0))[:, :, :-1]         # place w holds the token at w - 1
-        x = above + left + self.row_position + self.column_position
-        for block in self.decoder:
-            x = block(x)
-        return self.to_logits(self.decoder_norm(x))
+        x = above + left + self.row_position + self.column_position           # (N, H, W, C)
+        return self.to_logits(self.decoder_norm(self.decoder(x)))
 
     def logits(self, tokens):
         """(N, H, W, V): the logits at k predict x_k from x_<k."""
         return self.decode(self.encode_grid(tokens), tokens)
 
-    def log_prob(self, tokens):
-        """sum_{k=2..D} log p(x_k | x_<k) of each image, in nats: (N,)."""
-        return log_likelihood(self.logits(tokens), tokens)
+    def log_prob(self, tokens, grid=None):
+        """sum_{k=2..D} log p(x_k | x_<k) of each image, in float32 nats: (N,). grid: `encode_grid`'s, if known."""
+        logits = self.logits(tokens) if grid is None else self.decode(grid, tokens)           # (N, H, W, V)
+        nats = F.cross_entropy(logits.float().flatten(0, 2), tokens.flatten(), reduction="none").view(len(tokens), -1)
+        return -nats[:, 1:].sum(dim=1)
 
     def forward(self, x1, x2, generate, contrast, micro_batch=None):
         """What a training step needs: log p(x1) (N,) or None, z1 and z2 (N, z_dim) or None, and the features.
@@ -180,7 +177,7 @@ class GCRL(nn.Module):
     def outputs(self, x1, x2, generate, contrast):
         """`forward` of all images at once, the encoder run once for both views."""
         grid = self.encode_grid(torch.cat([x1, x2]) if contrast else x1)
-        log_p = log_likelihood(self.decode(grid[: len(x1)], x1), x1) if generate else None
+        log_p = self.log_prob(x1, grid[: len(x1)]) if generate else None
         h = grid.mean(dim=(1, 2))                                             # (2N, C), or (N, C) without contrast
         z1, z2 = self.head(h).float().chunk(2) if contrast else (None, None)  # (N, z_dim)
         return log_p, z1, z2, h
@@ -260,12 +257,6 @@ def build_generator(args):
     return build_encoder(args, GCRL)
 
 
-def log_likelihood(logits, tokens):
-    """logits (N, H, W, V), tokens (N, H, W) to sum_{k=2..D} log p(x_k | x_<k), (N,), in float32 nats."""
-    nats = F.cross_entropy(logits.float().flatten(0, 2), tokens.flatten(), reduction="none").view(len(tokens), -1)
-    return -nats[:, 1:].sum(dim=1)
-
-
 # ---- loss
 
 
@@ -337,8 +328,7 @@ def main(argv=None):
     palette = fit_palette(x, args.colours, args.seed)
     args.colours = len(palette)                                               # fewer where the images have fewer
     first_pixels = torch.bincount(quantise(x[:, :, :1, :1], palette).flatten(), minlength=len(palette))
-    error = dequantise(quantise(x[:200], palette), palette) - x[:200] / 255
-    palette_error = 255 * error.square().mean().sqrt().item()
+    palette_error = 255 * F.mse_loss(dequantise(quantise(x[:200], palette), palette), x[:200] / 255).sqrt().item()
     run.ready("palette", f"{len(palette)} colours, off by {palette_error:.1f} of 255 (RMS)")
 
     torch.manual_seed(args.seed)
@@ -358,7 +348,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
     rng = augment.Random(args.seed, rank, world)
 
-    predicted = args.image_size**2 - 1                                        # tokens that L_g scores
+    predicted, weights = args.image_size**2 - 1, {"nats": args.alpha, "contrastive": args.beta}
     notes = {"nats": f"a token; uniform {math.log(len(palette)):.3f}"} if generate else {}
     notes |= {"contrastive": f"chance {math.log(2 * args.batch_size - 1):.3f}"} if contrast else {}
     progress = run.progress(args.epochs, len(batches), args.batch_size, notes)
@@ -375,14 +365,13 @@ def main(argv=None):
                 x2 = model.tokens(strong_view(x, rng, args.crop_min, args.jitter)) if contrast else None
                 with autocast:
                     log_p, z1, z2, h = net(x1, x2, generate, contrast, args.micro_batch)
-                loss, losses = 0.0, {}
+                losses = {}
                 # Each process sees the images of all: the losses are those of the whole batch.
                 if generate:
                     losses["nats"] = -distributed.gather(log_p).mean() / predicted            # L_g / (D - 1)
-                    loss = loss + args.alpha * losses["nats"]
                 if contrast:
                     losses["contrastive"] = nt_xent(distributed.gather(z1), distributed.gather(z2), args.tau)
-                    loss = loss + args.beta * losses["contrastive"]
+                loss = sum(weights[name] * value for name, value in losses.items())
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
