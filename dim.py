@@ -2,29 +2,29 @@
 """DIM: Learning Deep Representations by Mutual Information Estimation and Maximization (Hjelm et al. 2018, 1808.06670),
 and AMDIM: Learning Representations by Maximizing Mutual Information Across Views (Bachman et al. 2019, 1906.00910).
 
-DIM's encoder gives an M x M map of local vectors c and one vector Y of the image. Encoder and T, a network that scores
-pairs of them, maximise (equation 8)
+DIM's encoder turns an image into an M x M map of local vectors c and one vector Y. With T, a network that scores pairs
+(c, Y), it maximises (equation 8)
 
     alpha I(all c; Y)  +  beta mean over the M x M places I(c; Y)  -  gamma D(Y, uniform)
 
-with one of three estimates of mutual information, P the pairs of one image, Q those of two (equations 2, 4, 5):
+by one of three estimates of mutual information, where P are the pairs of one image, Q those of two (equations 2, 4, 5):
 
     dv         E_P[T] - log E_Q[exp T]
     jsd        E_P[-softplus(-T)] - E_Q[softplus(T)]
     infonce    E_P[T - log (exp T + sum over the Q of this Y of exp T)]
 
-D is an adversary that tells sigmoid(Y) from draws of the uniform distribution. AMDIM (--objective multiscale) has two
-views of each image, and no Y: by infonce, the global vector of one view predicts the other's maps of 5 x 5 and 7 x 7
-vectors, and one vector of its 5 x 5 map the other's 5 x 5. What is kept is DIM's fc (the last hidden layer; conv, the
-last map, and Y are probed beside it) and AMDIM's global vector.
+D is an adversary that tells sigmoid(Y) from draws of the uniform distribution. AMDIM (--objective multiscale) takes two
+views of each image and has no Y: by infonce the global vector of one view predicts the other's maps of 5 x 5 and 7 x 7
+vectors, and one vector of its 5 x 5 map the other's 5 x 5. DIM keeps fc, the last hidden layer (conv, the last map, and
+Y are probed beside it), AMDIM its global vector.
 
     python dim.py                                           # embedded data, two minutes on two cores
     python dim.py --dataset cifar10 --estimator infonce     # the paper's encoder
     python dim.py --dataset cifar10 --objective multiscale  # AMDIM
 
-Differences from the papers: a cosine after a warm-up (DIM: constant, AMDIM: steps); inputs in [0, 1] are not
-normalised; DIM's scores / sqrt(D), without which `shapes` is learnt to 38.3 in place of 48.6; global T is an MLP of a
-convolutional summary, where the authors copy the encoder's layers.
+Differences from the papers: the learning rate warms up and falls by a cosine (DIM: constant, AMDIM: steps); inputs in
+[0, 1] are not normalised; DIM's scores are divided by sqrt(D), without which `shapes` gives 38.3 in place of 48.6; the
+global T is an MLP of a convolutional summary, where the authors copy the encoder's layers.
 
 Measured, linear / kNN: `shapes` over three seeds, local, two views, 50.0 / 30.2 (untrained 27.3 / 18.2), AMDIM 68.6 /
 44.9 (33.8 / 16.9); `--dataset cifar10 --small` 58.9 / 54.3 (41.9 / 31.2), AMDIM 63.6 / 62.8 (31.2 / 28.3).
@@ -47,9 +47,9 @@ def mutual_information(scores, positives, estimator):
 
     scores: (N, K), T of N vectors with K candidates each. positives: (N, K) bool, true where the pair is of one image
     (P), at least once in each row, false where it is of two (Q), equally often in each row.
-    estimator: "dv" and "infonce" are lower bounds in nats where the pairs of Q are independent (the places of one image
-    are not); infonce adds log(1 + negatives of a row), which it cannot exceed, to the equation. "jsd" at its best is 2
-    JS(P, Q) - log 4, within [-log 4, 0]. The chance levels, of T = 0, are 0, 0 and -log 4.
+    estimator: "dv" and "infonce" are lower bounds in nats if the pairs of Q are independent (the places of one image are
+    not); infonce has log(1 + negatives of a row) added, which it cannot exceed. "jsd" is at best 2 JS(P, Q) - log 4,
+    within [-log 4, 0]. At chance, T = 0, they are 0, 0 and -log 4.
     """
     scores = scores.float()
     def mean(x, mask):                                                        # x[mask] would make a GPU wait
@@ -64,7 +64,7 @@ def mutual_information(scores, positives, estimator):
 
 
 def inner_products(a, b):
-    """a (N, D) with all vectors of b (N, L, D): scores (N, N L), / sqrt(D) so that they begin small, and positives."""
+    """a (N, D) by all vectors of b (N, L, D), / sqrt(D) so that they begin small: scores (N, N L), and positives."""
     with torch.autocast(a.device.type, enabled=False):
         scores = a.float() @ b.float().flatten(0, 1).T / math.sqrt(a.shape[1])
     return scores, torch.eye(len(a), dtype=torch.bool, device=a.device).repeat_interleave(b.shape[1], dim=1)
@@ -76,14 +76,14 @@ def inner_products(a, b):
 class Encoder(nn.Module):
     """(N, 3, S, S) to fc (N, 16 width); `layers` also gives the local map (N, C, M, M), conv (N, ...) and Y (N, dim).
 
-    arch "conv" is the paper's for 32 pixels (width 64), a layer more at 64: M = 8 there, conv is the next layer's map,
-    flattened. Of a ResNet the local map is layer3's, conv the mean of layer4's.
+    arch "conv" is the paper's for 32 pixels (width 64), with a layer more at 64, so that M = 8 at both; conv is the next
+    layer's map, flattened. In a ResNet the local map is layer3's, and conv is the mean over layer4's.
     """
 
     def __init__(self, arch, stem, width, image_size, dim=64):
         super().__init__()
         if arch == "conv":
-            depth = max(2, int(math.log2(image_size // 8)))                   # of the local map: a layer more at 64
+            depth = max(2, int(math.log2(image_size // 8)))                   # of the local map
             sizes = [3, *(width * 2**i for i in range(depth + 1))]
             stages = [Conv2dNormActivation(*pair, 4, 2, padding=1) for pair in zip(sizes, sizes[1:])]
             self.lower, self.upper = nn.Sequential(*stages[:-1]), stages[-1]
@@ -112,13 +112,13 @@ class Encoder(nn.Module):
 
 
 def near_identity(layer):
-    """The layer with weights that begin as the identity, where inputs and outputs have the same number, plus noise."""
+    """The layer, (out, in) or 1 x 1, with weights that begin as the identity (cut to that shape) plus noise."""
     nn.init.uniform_(layer.weight, -0.01, 0.01).detach().flatten(1).fill_diagonal_(1.0)
     return layer
 
 
 class Embedding(nn.Module):
-    """Of T, encode-and-dot: (..., dim) through a hidden layer beside a near-identity, normalised, to (..., units)."""
+    """A side of `Dot`: (..., dim) to (..., units), by a hidden layer beside a near-identity, then layer norm."""
 
     def __init__(self, dim, units):
         super().__init__()
@@ -133,7 +133,7 @@ class Embedding(nn.Module):
 
 
 class Dot(nn.Module):
-    """T(c, Y), encode-and-dot, every Y with every c: Y (N, y_dim), c (N, L, channels) to scores, positives (N, N L)."""
+    """T by encode-and-dot, every Y with every c: Y (N, y_dim), c (N, L, channels) to scores, positives (N, N L)."""
 
     def __init__(self, y_dim, channels, units):
         super().__init__()
@@ -144,7 +144,7 @@ class Dot(nn.Module):
 
 
 class Concat(nn.Module):
-    """T(c, Y), concat-and-convolve, an MLP of both at each place, each Y with the c of its own and of one other image:
+    """T by concat-and-convolve, an MLP of Y and c at each place, each Y with the c of its own and of one other image:
     Y (N, y_dim), c (N, L, channels) to scores, positives (N, 2 L)."""
 
     def __init__(self, y_dim, channels, units):
@@ -159,7 +159,7 @@ class Concat(nn.Module):
 
 
 class DIM(nn.Module):
-    """The encoder and what estimates: T of the local and of the global objective, and the adversary on Y."""
+    """The encoder, T of the global and of the local objective, and the adversary on Y."""
 
     def __init__(self, encoder, views, alpha, beta, gamma, estimator, critic, units, dim=64):
         super().__init__()
@@ -195,9 +195,8 @@ class DIM(nn.Module):
         return out["fc"], terms
 
     def prior_matching(self, real, fake):
-        """real: (M, dim) draws of the uniform distribution, fake: sigmoid(Y). D descends its cross-entropy, log 4 at
-        chance, with a penalty of its gradient of weight 1; the encoder descends gamma times the loss that is not
-        saturating, -log D(fake)."""
+        """real: (M, dim) draws from the uniform distribution, fake: sigmoid(Y). D descends its cross-entropy, log 4 at
+        chance, plus half its squared gradient; the encoder descends the non-saturating loss, -gamma log D(fake)."""
         loss = 0.0
         for x, sign in ((real, -1.0), (fake.detach(), 1.0)):
             x = x.requires_grad_()
@@ -241,11 +240,11 @@ class MapEmbedding(Residual):
 
 
 class MultiscaleEncoder(nn.Module):
-    """(N, 3, S, S) to (N, dim), S = 32, 64, 128 ... `layers` gives this as 1 of {7: (N, C, 7, 7), 5: (N, C, 5, 5),
+    """(N, 3, S, S), S = 32, 64, 128 ..., to (N, dim). `layers` also gives the maps: {7: (N, C, 7, 7), 5: (N, C, 5, 5),
     1: (N, dim)}, C = `channels`, 4 width at 32 pixels, else 8 width.
 
-    Hardly anything is padded and most layers are 1 x 1: a vector of the 7 x 7 map has seen about S / 4 pixels, of the
-    5 x 5 map S / 2. To predict a position that has seen the whole image would teach nothing.
+    Hardly anything is padded and most layers are 1 x 1, so that a vector of the 7 x 7 map has seen about S / 4 pixels,
+    one of the 5 x 5 map S / 2: to predict a place that has seen the whole image would teach nothing.
     """
 
     def __init__(self, image_size, width, dim, depth):
@@ -275,7 +274,7 @@ class MultiscaleEncoder(nn.Module):
 
 
 class AMDIM(nn.Module):
-    """Encoder and the embeddings of its maps, in which vectors of all scales are compared."""
+    """The encoder, and the embeddings of its maps, in which vectors of all scales are compared."""
 
     def __init__(self, encoder, tasks=TASKS, clip=20.0, penalty=0.05):
         super().__init__()
@@ -285,7 +284,7 @@ class AMDIM(nn.Module):
 
     def forward(self, views, position):
         """views (2 N, 3, S, S), the two of each image N rows apart; position (2 N,) in 0..24, which vector of its 5 x 5
-        map predicts: the global vectors (2 N, dim), the loss, and the penalty of large scores."""
+        map predicts. Returns the global vectors (2 N, dim), and the loss and a penalty of large scores."""
         maps = self.encoder.layers(views)
         embedded = {scale: embedding(maps[int(scale)]).flatten(2).transpose(1, 2).float()
                     for scale, embedding in self.embeddings.items()}          # (2 N, scale^2, dim)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
 """GCRL: Generative-Contrastive Representation Learning (2106.06162), an axial transformer trained on two losses.
 
-An image is D = H W tokens of a colour palette, in raster order. x1 is a weakly, x2 a strongly augmented view of each
-of N images, z1 and z2 their normalised projections:
+An image is D = H W tokens of a colour palette, in raster order. Of each of N images x1 is a weakly and x2 a strongly
+augmented view, and z1 and z2 are their normalised projections:
 
     L   = alpha L_g + beta L_c
     L_g = -1/N  sum_i sum_{k=2..D} log p(x1[i,k] | x1[i,<k])
     L_c = -1/2N sum_i ( log e^(z1_i.z2_i/tau) / (sum_{j!=i} e^(z1_i.z1_j/tau) + sum_j e^(z1_i.z2_j/tau))
                       + log e^(z2_i.z1_i/tau) / (sum_{j!=i} e^(z2_i.z2_j/tau) + sum_j e^(z2_i.z1_j/tau)) )
 
-The encoder's output, averaged over the positions, is the feature; the same output, one row further up, is what the
-decoder predicts the tokens from.
+The encoder's output, averaged over the positions, is the feature. The decoder predicts each token from the encoder's
+output for the rows above, and from the tokens to the left.
 
     python gcrl.py                                          # embedded data, two minutes on two cores
     python gcrl.py --dataset cifar10 --alpha 1 --beta 1     # hybrid; --beta 0: generative; --alpha 0: contrastive
@@ -38,10 +38,8 @@ from common.transformer import Block, init_weights
 
 
 def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=40):
-    """k-means (Lloyd's, k-means++ start) of the images' RGB values: (V, 3) floats in [0, 1].
-
-    images: (N, 3, H, W) uint8, or floats in [0, 1]; `pixels` of theirs are drawn. V is less where those have less.
-    """
+    """The palette (V, 3), floats in [0, 1], by k-means (Lloyd's, from k-means++) of `pixels` random pixels of images
+    (N, 3, H, W), uint8 or floats in [0, 1]. V is num_colours, or as many colours as those pixels have."""
     generator = torch.Generator().manual_seed(seed)
     x = (images / 255 if images.dtype == torch.uint8 else images).permute(0, 2, 3, 1).reshape(-1, 3)
     x = x[torch.randperm(len(x), generator=generator)[:pixels]]
@@ -87,22 +85,21 @@ def weak_view(x, rng):
 
 def strong_view(x, rng, crop_min, jitter):
     """SimCLR's view (appendix A): crop, flip, colour distortion of strength `jitter`, greyscale."""
-    n, s = len(x), jitter
     steps = augment.random_resized_crop(rng, x.shape, x.shape[-1], scale=(crop_min, 1.0))
-    steps += augment.random_horizontal_flip(rng, n)
-    steps += augment.random_color_jitter(rng, n, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
-    return augment.apply(x, steps + augment.random_grayscale(rng, n, p=0.2))
+    steps += augment.random_horizontal_flip(rng, len(x))
+    steps += augment.random_color_jitter(rng, len(x), 0.8 * jitter, 0.8 * jitter, 0.8 * jitter, 0.2 * jitter, p=0.8)
+    return augment.apply(x, steps + augment.random_grayscale(rng, len(x), p=0.2))
 
 
 # ---- model
 
 
 class GCRL(nn.Module):
-    """Axial-transformer encoder and autoregressive decoder over token grids (N, H, W) int64, H = W = image_size.
+    """Axial-transformer encoder and autoregressive decoder of token grids (N, H, W) int64, H = W = image_size.
 
-    Encoder layer: row attention, then column attention that sees the rows above and its own. So its output at row r
-    depends on the rows up to r alone; shifted down one row it is a context for the decoder, whose masked row attention
-    adds the tokens to the left, shifted right one place.
+    An encoder layer is row attention, then column attention that sees the rows above and its own. So its output at row
+    r depends on the rows up to r alone. Shifted down one row it is the context of the decoder, whose masked row
+    attention adds the tokens to the left, shifted right one place.
     """
 
     def __init__(self, num_colours, image_size, width=256, encoder_layers=4, decoder_layers=4, heads=8, z_dim=128):
@@ -163,9 +160,9 @@ class GCRL(nn.Module):
     def forward(self, x1, x2, generate, contrast, micro_batch=None):
         """What a training step needs: log p(x1) (N,) or None, z1 and z2 (N, z_dim) or None, and the features.
 
-        micro_batch: how many of the N images go through the network at once, None: all. If fewer than N, activations
-        are computed again in the backward pass: memory is that of one micro-batch, while NT-Xent still compares all N
-        (gradient caching, Gao et al. 2021, 2101.06983, by torch.utils.checkpoint).
+        micro_batch: how many of the N images go through the network at once (None: all). If fewer, activations are
+        computed again in the backward pass: memory is that of one micro-batch, and NT-Xent still compares all N
+        (gradient caching, Gao et al. 2021, 2101.06983).
         """
         if micro_batch is None or micro_batch >= len(x1):
             return self.outputs(x1, x2, generate, contrast)
@@ -192,32 +189,30 @@ class GCRL(nn.Module):
     def sample(self, n, temperature=1.0, top_k=None, given=None, rows=0, generator=None):
         """Draws n token grids (n, H, W), pixel by pixel.
 
-        temperature > 0 divides the logits; top_k keeps the likeliest so many colours. given: (n, H, W) tokens, whose
-        first `rows` rows are kept. generator: on the model's device. Keys and values are cached: a pixel costs the
-        decoder at one position, a row the encoder on one row.
+        temperature > 0 divides the logits; of the colours only the top_k likeliest are drawn. given: (n, H, W) tokens,
+        whose first `rows` rows are kept. generator: on the model's device. Keys and values are cached, so that a pixel
+        costs the decoder at one position, and a row the encoder on one row.
         """
-        height, width = self.row_position.shape[0], self.column_position.shape[1]
-        position, device = self.row_position + self.column_position, self.first_pixel.device   # (H, W, C)
-        tokens = torch.zeros(n, height, width, dtype=torch.int64, device=device)
+        position = self.row_position + self.column_position                   # (H, W, C)
+        height, width, channels = position.shape
+        tokens = torch.zeros(n, height, width, dtype=torch.int64, device=position.device)
+        if rows > 0:
+            tokens[:, :rows] = given[:, :rows]
         columns = [block.new_cache(n * width, height) if block.axis == "column" else None for block in self.encoder]
         rowwise = [block.new_cache(n, width) for block in self.decoder]
-        above = torch.zeros(n, width, position.shape[-1], device=device)      # the encoder's output on the row before
+        above = position.new_zeros(n, width, channels)                        # the encoder's output on the row before
         for r in range(height):
-            if r < rows:
-                tokens[:, r] = given[:, r]
-            else:
-                context = above + position[r]                                 # (n, W, C)
-                for w in range(width):
-                    x = context[:, w] + (self.embedding(tokens[:, r, w - 1]) if w > 0 else 0)
-                    for block, cache in zip(self.decoder, rowwise):
-                        x = block.step(x, cache, w)
-                    logits = self.to_logits(self.decoder_norm(x)).float() / temperature                 # (n, V)
-                    if r == 0 and w == 0:
-                        logits = self.first_pixel.log().expand(n, -1)
-                    elif top_k is not None and top_k < logits.shape[1]:
-                        least = logits.topk(top_k, dim=1).values[:, -1:]
-                        logits = logits.masked_fill(logits < least, -math.inf)
-                    tokens[:, r, w] = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
+            for w in range(width if r >= rows else 0):
+                x = above[:, w] + position[r, w] + (self.embedding(tokens[:, r, w - 1]) if w > 0 else 0)
+                for block, cache in zip(self.decoder, rowwise):
+                    x = block.step(x, cache, w)
+                logits = self.to_logits(self.decoder_norm(x)).float() / temperature           # (n, V)
+                if r == 0 and w == 0:
+                    logits = self.first_pixel.log().expand(n, -1)
+                elif top_k is not None and top_k < logits.shape[1]:
+                    least = logits.topk(top_k, dim=1).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, -math.inf)
+                tokens[:, r, w] = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
             x = self.embedding(tokens[:, r]) + position[r]                    # (n, W, C)
             for block, cache in zip(self.encoder, columns):
                 x = (block(x[:, None])[:, 0] if cache is None else            # a row sees itself alone
@@ -236,7 +231,7 @@ class Encoder(GCRL):
     def forward(self, x):
         return torch.cat([self.encode(self.tokens(part)) for part in x.split(64)])            # for memory
 
-    def keep_data(self, state):                                               # of a trained one: what is not learnt
+    def keep_data(self, state):                                               # what a trained one did not learn
         self.set_palette(state["palette"], state["first_pixel"])
 
     def stages(self):
@@ -263,8 +258,7 @@ def build_generator(args):
 def nt_xent(z1, z2, tau):
     """L_c of z1, z2 (N, D), the projections of the two views, normalised here: a scalar. By chance log(2N - 1)."""
     n, z = len(z1), F.normalize(torch.cat([z1, z2]).float(), dim=1)           # (2N, D)
-    logits = z @ z.T / tau
-    logits = logits.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -math.inf)         # j != i
+    logits = (z @ z.T / tau).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -math.inf)      # j != i
     return F.cross_entropy(logits, torch.arange(2 * n, device=z.device).roll(n))
 
 
@@ -291,8 +285,8 @@ def arguments(argv):
     number("--crop-min", 0.08, "(0, 1]", "strong view: least share of the area kept")
     number("--jitter", 0.5, "[0, inf)", "strong view: strength s of the colour distortion")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
-    number("--micro-batch", None, "[1, inf)", "images that go through the network at once (default: what takes 2 GB, 4 "
-        "on a GPU): loss and gradients stay the batch's; all at once is a fifth faster", kind=int)
+    number("--micro-batch", None, "[1, inf)", "images that go through the network at once (default: as many as take "
+        "2 GB, on a GPU 4 GB); loss and gradients stay the batch's, all at once is a fifth faster", kind=int)
     number("--lr", 1e-3, "(0, inf)", "peak learning rate of AdamW")
     number("--weight-decay", 0.01, "[0, inf)", "of all weights but biases and norms")
     number("--tau", 0.2, "(0, inf)", "temperature of the contrastive loss")
@@ -336,19 +330,18 @@ def main(argv=None):
     model.set_palette(palette, first_pixels)
     model, encoder = model.to(device), build_encoder(args).to(device)
     encoder.load_state_dict(model.state_dict(), strict=False, assign=True)    # the same tensors: it trains along
-    if not generate:                                                          # what no loss trains
-        nn.ModuleList([model.decoder, model.decoder_norm, model.to_logits]).requires_grad_(False)
-    if not contrast:
-        model.head.requires_grad_(False)
+    for part in (model.decoder, model.decoder_norm, model.to_logits):
+        part.requires_grad_(generate)                                         # if not, no loss trains it
+    model.head.requires_grad_(contrast)
     net = run.wrap(model)
-    vectors, matrices = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (False, True))
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in model.parameters() if p.dim() > 1]},
+              {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
     rng = augment.Random(args.seed, rank, world)
 
-    predicted, weights = args.image_size**2 - 1, {"nats": args.alpha, "contrastive": args.beta}
+    predicted = args.image_size**2 - 1                                        # tokens that L_g scores
     notes = {"nats": f"a token; uniform {math.log(len(palette)):.3f}"} if generate else {}
     notes |= {"contrastive": f"chance {math.log(2 * args.batch_size - 1):.3f}"} if contrast else {}
     progress = run.progress(args.epochs, len(batches), args.batch_size, notes)
@@ -371,7 +364,7 @@ def main(argv=None):
                     losses["nats"] = -distributed.gather(log_p).mean() / predicted            # L_g / (D - 1)
                 if contrast:
                     losses["contrastive"] = nt_xent(distributed.gather(z1), distributed.gather(z2), args.tau)
-                loss = sum(weights[name] * value for name, value in losses.items())
+                loss = args.alpha * losses.get("nats", 0.0) + args.beta * losses.get("contrastive", 0.0)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
@@ -387,14 +380,12 @@ def main(argv=None):
     views = weak_view(x, rng), strong_view(x, rng, args.crop_min, args.jitter)
     run.picture("views.png", *(model.images(model.tokens(view)) for view in views))
     if generate and rank == 0:
-        model.eval()
         with torch.no_grad(), autocast:
             parts = held.batches(torch.arange(len(held)).split(64))
             nats = -torch.cat([model.log_prob(model.tokens(x)) for x in parts]).mean().item() / predicted
         result |= {"nats": nats, "bits": nats / math.log(2)}
         run.say(f"\n{'test' if images.test else 'training'} images: {nats:.3f} nats, {result['bits']:.3f} bits per "
-                f"predicted token (uniform {math.log(len(palette)):.3f} nats); not bits per dimension: the palette is "
-                f"off by {palette_error:.1f} of 255 (RMS)")
+                f"predicted token, not per dimension of RGB (uniform {math.log(len(palette)):.3f} nats)")
         generator = torch.Generator(device).manual_seed(args.seed)
         run.picture("samples.png", model.images(model.sample(64, generator=generator)))
         given = model.tokens(held.at(held.random_indices(32)).to(device))
