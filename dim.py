@@ -47,9 +47,9 @@ def mutual_information(scores, positives, estimator):
 
     scores: (N, K), T of N vectors with K candidates each. positives: (N, K) bool, true where the pair is of one image
     (P), at least once in each row, false where it is of two (Q), equally often in each row.
-    estimator: "dv" and "infonce" are lower bounds in nats if the pairs of Q are independent (the places of one image are
-    not); infonce has log(1 + negatives of a row) added, which it cannot exceed. "jsd" is at best 2 JS(P, Q) - log 4,
-    within [-log 4, 0]. At chance, T = 0, they are 0, 0 and -log 4.
+    estimator: "dv" and "infonce" are lower bounds in nats if the pairs of Q are independent (the places of one image
+    are not); infonce has log(1 + negatives of a row) added, which it cannot exceed. "jsd" is at best 2 JS(P, Q) - log
+    4, within [-log 4, 0]. At chance, T = 0, they are 0, 0 and -log 4.
     """
     scores = scores.float()
     def mean(x, mask):                                                        # x[mask] would make a GPU wait
@@ -76,8 +76,8 @@ def inner_products(a, b):
 class Encoder(nn.Module):
     """(N, 3, S, S) to fc (N, 16 width); `layers` also gives the local map (N, C, M, M), conv (N, ...) and Y (N, dim).
 
-    arch "conv" is the paper's for 32 pixels (width 64), with a layer more at 64, so that M = 8 at both; conv is the next
-    layer's map, flattened. In a ResNet the local map is layer3's, and conv is the mean over layer4's.
+    arch "conv" is the paper's for 32 pixels (width 64), with a layer more at 64, so that M = 8 at both; conv is the
+    next layer's map, flattened. In a ResNet the local map is layer3's, and conv is the mean over layer4's.
     """
 
     def __init__(self, arch, stem, width, image_size, dim=64):
@@ -376,8 +376,9 @@ def arguments(argv):
             raise Refusal(f"--objective multiscale takes an --image-size of 32, 64, 128 ..., not {args.image_size}")
         if args.tasks == ["5-5"]:
             raise Refusal("--tasks 5-5 leaves the global vector, which is kept, as it began: add 1-5 or 1-7")
-        if args.units < (4 if args.image_size == 32 else 8) * args.width:
-            raise Refusal(f"--units {args.units} is less than AMDIM's maps have channels: lower --width")
+        channels = (4 if args.image_size == 32 else 8) * args.width
+        if args.units < channels:
+            raise Refusal(f"--units {args.units} is less than the {channels} channels of AMDIM's maps: lower --width")
     elif args.alpha == args.beta == 0:
         raise Refusal("--alpha 0 with --beta 0 leaves no objective: give one of them a weight")
     elif args.arch == "conv" and args.image_size % 8:
@@ -391,7 +392,7 @@ def arguments(argv):
 def main(argv=None):
     """Trains, evaluates and writes the run's folder. Returns the final metrics (result.json)."""
     args = arguments(argv)
-    multiscale, device = args.objective == "multiscale", cli.pick_device(args.device)
+    device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
@@ -401,15 +402,17 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     encoder = build_encoder(args)
     encoders = {"trained": encoder}                                           # fc, or AMDIM's global vector
-    if multiscale:
+    if args.objective == "multiscale":
         model, betas, notes = AMDIM(encoder, args.tasks), (0.8, 0.999), {"loss": "chance 0.000", "penalty": ""}
+        draw = lambda n: (25 * rng.uniform(n)).long()                         # which of its 5 x 5 places predicts
     else:
-        model, betas = DIM(encoder, args.views, args.alpha, args.beta, args.gamma, args.estimator, args.critic,
-                           args.units), (0.9, 0.999)
+        betas, model = (0.9, 0.999), DIM(encoder, args.views, args.alpha, args.beta, args.gamma, args.estimator,
+                                         args.critic, args.units)
+        draw = lambda n: rng.uniform(n, 64)                                   # what the adversary shall take Y for
         level = math.log(4) if args.estimator == "jsd" else 0.0
-        terms = [("global", args.alpha, args.alpha * level), ("local", args.beta, args.beta * level),
-                 ("prior", args.gamma, math.log(4))]
-        notes = {name: f"chance {chance:.3f}" for name, weight, chance in terms if weight > 0}
+        losses = [("global", args.alpha, args.alpha * level), ("local", args.beta, args.beta * level),
+                  ("prior", args.gamma, math.log(4))]
+        notes = {name: f"chance {chance:.3f}" for name, weight, chance in losses if weight > 0}
         encoders["trained conv"] = nn.Sequential(encoder.lower, encoder.upper, nn.Flatten())
         encoders["trained Y"] = nn.Sequential(encoder, encoder.y)
     model = model.to(device, memory_format=torch.channels_last)
@@ -430,12 +433,9 @@ def main(argv=None):
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * cosine(epoch * len(batches) + step, args.epochs * len(batches), args.warmup)
                 views = random_views(x, rng, args.image_size, args.views, images.train.aspect[index])
-                if multiscale:
-                    draws = [(25 * rng.uniform(len(x))).long() for _ in range(2)]             # positions, 5 x 5
-                else:
-                    draws = [rng.uniform(len(x), 64) for _ in range(args.views)]
+                draws = torch.cat([draw(len(x)) for _ in range(args.views)])
                 with autocast:
-                    h, terms = net(views, augment.send(torch.cat(draws), device))
+                    h, terms = net(views, augment.send(draws, device))
                 optimizer.zero_grad()
                 scaler.scale(sum(terms)).backward()
                 scaler.step(optimizer)                                        # skipped where a gradient overflowed

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """MoCo: Momentum Contrast for Unsupervised Visual Representation Learning (He et al. 2019, 1911.05722; v2: 2003.04297).
 
-Contrastive learning as looking up a key in a dictionary. One view of an image gives the query q = f_q(x_q), another
-its key k+ = f_k(x_k), other images the keys k_1 .. k_K, all of length 1 (equation 1, InfoNCE):
+Contrastive learning is looking up a key in a dictionary. One view of an image gives the query q = f_q(x_q), another its
+key k+ = f_k(x_k), and other images give the keys k_1 .. k_K, all of length 1 (equation 1, InfoNCE):
 
     L_q = -log  exp(q.k+ / tau) / (exp(q.k+ / tau) + sum_{i=1..K} exp(q.k_i / tau))
 
@@ -44,8 +44,8 @@ def view(x, rng, size, crop_min, augmentation, blur, aspect=None):
     """One random view of each image: x uint8 (N, 3, H, W) to float (N, 3, size, size) in [0, 1].
 
     crop_min: least share of the area that a crop keeps. augmentation: "v1" jitters the colours of every view and turns
-    the hue strongly, "v2" of 0.8 of them, weakly. blur: share of the views that are blurred. aspect: (N,), width /
-    height of photographs squashed to these squares.
+    the hue far, "v2" those of 0.8 of the views, with a smaller turn. blur: share of the views that are blurred.
+    aspect: (N,), width / height of photographs squashed to these squares.
     """
     n, (share, hue) = len(x), {"v1": (1.0, 0.4), "v2": (0.8, 0.1)}[augmentation]
     steps = augment.random_resized_crop(rng, x.shape, size, (crop_min, 1.0), aspect)
@@ -60,7 +60,7 @@ def view(x, rng, size, crop_min, augmentation, blur, aspect=None):
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """Batch norm of `groups` equal parts of the batch, each by its own mean and variance, as on so many GPUs."""
+    """Batch norm of `groups` equal parts of the batch, each by its own mean and variance, as on that many GPUs."""
 
     def __init__(self, channels, groups):
         super().__init__(channels, momentum=1 - 0.9 ** (1 / groups))          # `groups` updates in place of one by 0.1
@@ -78,7 +78,7 @@ def build_encoder(args):
 
 
 class EncoderWithHead(nn.Module):
-    """f_q, or f_k: the encoder that is kept, and the head (v1: linear, v2: an MLP), to keys of length 1."""
+    """f_q or f_k: the encoder, which is kept, and a head (v1: linear, v2: an MLP) that gives vectors of length 1."""
 
     def __init__(self, arch, stem, width, head, bn_groups, dim=128):
         super().__init__()
@@ -231,17 +231,17 @@ def arguments(argv):
     parser = cli.RunParser(__file__, "MoCo", epochs=200, batch_size=512, photographs=True)
     add, number = parser.add_argument, parser.number
     add("--dictionary", choices=("queue", "memory-bank", "end-to-end"), default="queue", help="where keys come from")
-    add("--contrast", choices=("infonce", "nce"), default="infonce", help="loss; nce: with the memory bank")
+    add("--contrast", choices=("infonce", "nce"), default="infonce", help="the loss; nce goes with the memory bank")
     number("--negatives", None, "[0, inf)", "K: length of the queue (default: a twelfth of the images, 65536 at most), "
         "or draws from the memory bank (0: all of it)", kind=int)
     # A key encoder that changes fast makes the queue inconsistent: m = 0 fails, 0.9 loses 4 points (section 4.1).
     number("--m", 0.99, "[0, 1]", "momentum of the key encoder (paper: 0.999)")
     number("--bank-m", 0.5, "[0, 1]", "momentum of the memory bank's vectors")
     add("--head", choices=("linear", "mlp"), default="linear", help="v1: linear, v2: mlp with one hidden layer")
-    add("--augmentation", choices=("v1", "v2"), default="v2", help="colours; v1: jitter all, v2: jitter 0.8, less hue")
+    add("--augmentation", choices=("v1", "v2"), default="v2", help="of colours; v1: jitter all, v2: 0.8, less hue")
     number("--blur", 0.0, "[0, 1]", "share of the views blurred (v1: 0, v2: 0.5)")
     number("--crop-min", 0.08, "(0, 1]", "least share of the area that a crop keeps (v1 and v2: 0.2)")
-    add("--symmetric", action="store_true", help="let either view be the query once")
+    add("--symmetric", action="store_true", help="each of the two views is the query once")
     number("--bn-groups", 8, "[1, inf)", "parts of the batch that batch norm treats alone, like GPUs (1: all of it)")
     add("--no-shuffle", action="store_true", help="encode the keys in the order of the queries: batch norm then leaks")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
@@ -297,7 +297,6 @@ def main(argv=None):
     random_view = functools.partial(view, size=args.image_size, crop_min=args.crop_min,
                                     augmentation=args.augmentation, blur=args.blur)
 
-    all_images = torch.arange(n, device=device)
     negatives = args.batch_size - 1 if args.dictionary == "end-to-end" else args.negatives or n - 1
     chance = math.log(1 + negatives) + (negatives * math.log1p(1 / negatives) if args.contrast == "nce" else 0)
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
@@ -323,8 +322,8 @@ def main(argv=None):
                 x1 = random_view(x, rng, aspect=aspect).contiguous(memory_format=torch.channels_last)
                 x2 = None if bank else random_view(x, rng, aspect=aspect)
                 if bank:                                                      # of the whole batch of all processes
-                    index, drawn = distributed.gather(augment.send(index, device)), all_images
-                    if args.negatives:
+                    index, drawn = distributed.gather(augment.send(index, device)), torch.arange(n, device=device)
+                    if args.negatives:                                        # else all vectors of the bank
                         drawn = augment.send(torch.randint(n, (args.negatives,), generator=rng.generator), device)
                     draws = dict(index=index, drawn=drawn)
                 else:
