@@ -350,9 +350,9 @@ def arguments(argv):
     parser = cli.RunParser(__file__, "DIM and AMDIM", epochs=200, batch_size=64)
     add, number = parser.add_argument, parser.number
     add("--objective", choices=("local", "global", "both", "multiscale"), default="local",
-        help="DIM's mutual information of Y with each place, with all of the map, with both; or AMDIM")
-    add("--estimator", choices=("jsd", "infonce", "dv"), default="jsd", help="DIM's; AMDIM has infonce")
-    add("--critic", choices=("dot", "concat"), default="dot", help="DIM's T: encode-and-dot, concat-and-convolve")
+        help="DIM: mutual information of Y with each place, with the whole map, or with both; multiscale: AMDIM")
+    add("--estimator", choices=("jsd", "infonce", "dv"), default="jsd", help="DIM's; AMDIM takes infonce")
+    add("--critic", choices=("dot", "concat"), default="dot", help="DIM's T: encode-and-dot or concat-and-convolve")
     add("--views", type=int, choices=(1, 2), default=1, help="1: the image itself; 2: Y of one view, c of the other")
     number("--alpha", 0.0, "[0, inf)", "weight of the global objective")
     number("--beta", 1.0, "[0, inf)", "weight of the local objective")
@@ -362,7 +362,7 @@ def arguments(argv):
     number("--width", 64, "[1, inf)", "channels of the encoder's first layer (AMDIM: 128)")
     number("--depth", 3, "[1, 1000]", "convolutions of each of AMDIM's blocks (ImageNet: 10)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="AMDIM's: which scale predicts which")
-    number("--units", 2048, "[1, inf)", "of T's hidden layers (concat: 512); dimensions of AMDIM's vectors (1024)")
+    number("--units", 2048, "[1, inf)", "width of T's hidden layers (concat: 512), or of AMDIM's vectors (1024)")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
     number("--lr", 1e-4, "(0, inf)", "peak learning rate of Adam")
     number("--weight-decay", 0.0, "[0, inf)", "of all weights")

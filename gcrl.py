@@ -181,9 +181,9 @@ class GCRL(nn.Module):
 
     def blocks(self):
         """{name: module} by depth, whose outputs are (N, H, W, C) when `logits` runs."""
-        blocks = {"embedding": self.embedding}
-        blocks |= {f"encoder {i + 1}, {block.axis}": block for i, block in enumerate(self.encoder)}
-        return blocks | {f"decoder {i + 1}": block for i, block in enumerate(self.decoder)}
+        encoder = {f"encoder {i + 1}, {block.axis}": block for i, block in enumerate(self.encoder)}
+        decoder = {f"decoder {i + 1}": block for i, block in enumerate(self.decoder)}
+        return {"embedding": self.embedding} | encoder | decoder
 
     @torch.no_grad()
     def sample(self, n, temperature=1.0, top_k=None, given=None, rows=0, generator=None):
@@ -290,7 +290,7 @@ def arguments(argv):
     number("--lr", 1e-3, "(0, inf)", "peak learning rate of AdamW")
     number("--weight-decay", 0.01, "[0, inf)", "of all weights but biases and norms")
     number("--tau", 0.2, "(0, inf)", "temperature of the contrastive loss")
-    add("--sample", metavar="RUN", help="trains nothing: draws from the run in this folder, see --sample RUN --help")
+    add("--sample", metavar="RUN", help="train nothing, but draw from the run in this folder: see --sample RUN --help")
     args = parser.parse(argv, DEFAULTS, free=("micro_batch",))
     del args.sample                                                           # `main` has taken it
     if args.alpha == args.beta == 0:

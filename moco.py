@@ -238,7 +238,7 @@ def arguments(argv):
     number("--m", 0.99, "[0, 1]", "momentum of the key encoder (paper: 0.999)")
     number("--bank-m", 0.5, "[0, 1]", "momentum of the memory bank's vectors")
     add("--head", choices=("linear", "mlp"), default="linear", help="v1: linear, v2: mlp with one hidden layer")
-    add("--augmentation", choices=("v1", "v2"), default="v2", help="of colours; v1: jitter all, v2: 0.8, less hue")
+    add("--augmentation", choices=("v1", "v2"), default="v2", help="colour jitter; v1: of all, v2: of 0.8, less hue")
     number("--blur", 0.0, "[0, 1]", "share of the views blurred (v1: 0, v2: 0.5)")
     number("--crop-min", 0.08, "(0, 1]", "least share of the area that a crop keeps (v1 and v2: 0.2)")
     add("--symmetric", action="store_true", help="each of the two views is the query once")
