@@ -432,7 +432,7 @@ def main(argv=None):
             for step, index, x in batches.epoch(epoch, first_step):
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * cosine(epoch * len(batches) + step, args.epochs * len(batches), args.warmup)
-                views = random_views(x, rng, args.image_size, args.views, images.train.aspect[index])
+                views = random_views(x, rng, args.image_size, args.views, images.train.aspect[index])  # (V N, 3, S, S)
                 draws = torch.cat([draw(len(x)) for _ in range(args.views)])
                 with autocast:
                     h, terms = net(views, augment.send(draws, device))
