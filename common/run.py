@@ -31,45 +31,43 @@ class Run:
         """script: the path of the script, whose name is the method's. settings: plain values. facts: what follows from
         them, printed beside them.
 
-        The folder is settings["resume"], or a new one, which is made when training begins (`with run:`): until then an
-        interruption leaves nothing behind. Raises Refusal where settings["out"] is taken.
+        The folder is settings["resume"], or a new one: settings["out"], or the next free runs/METHOD-DATASET-SEED[-2,
+        -3, ...]. It is made when training begins (`with run:`): until then an interruption leaves nothing behind.
+        Raises Refusal where settings["out"] is taken.
         """
-        self.method, self.settings, self.device, self.rank = Path(script).stem, settings, device, rank
-        self.tracked, self.history, self.signal, self.since = {}, [], None, time.perf_counter()
-        self.encoders = {}
-        self.resumed, self.facts = bool(settings["resume"]), facts
-        self.folder = Path(settings["resume"]) if self.resumed else None
+        self.method, self.settings, self.facts, self.device, self.rank = Path(script).stem, settings, facts, device, rank
+        self.tracked, self.history, self.encoders, self.signal, self.since = {}, [], {}, None, time.perf_counter()
+        self.resumed = bool(settings["resume"])
+        self.folder = Path(settings["resume"] or settings["out"] or
+                           "runs/{}-{dataset}-{seed}".format(self.method, **settings))
         if settings["out"] and not self.resumed and rank == 0:
-            refuse_taken(Path(settings["out"]))
+            refuse_taken(self.folder)
 
     def say(self, text):
         if self.rank == 0:
             print(shown(text, kept="\n"), flush=True)
 
     def ready(self, what, text):
-        """A line of the start-up: what is ready, and the seconds since the line before (or since the run began). Before
-        the first one stand the settings."""
+        """A line of the start-up: what is ready, and the seconds since the line before, or since the run began."""
         now = time.perf_counter()
-        if self.facts is not None:
-            words = [f"{k.replace('_', '-')} {v}" for k, v in {**self.settings, **self.facts}.items() if v is not None]
-            self.say(textwrap.fill(f"{self.method}: " + ", ".join(words), 100, subsequent_indent="    ",
-                                   break_on_hyphens=False))
-            self.facts = None
         self.say(f"{what}: {text} ({now - self.since:.1f} s)")
         self.since = now
 
     def data(self, data_dir=None, store_size=None):
-        """(images, batches) by the settings of the run: `data.Data`, and the `data.Batches` that train.
+        """(images, batches) by the settings of the run: `data.Data`, and the `data.Batches` that train. Also prints the
+        settings.
 
         data_dir: in place of settings["data_dir"]. store_size: as in `data.load`.
         """
-        names = ("image_size", "workers", "cache_gb", "seed", "batch_size")
-        size, workers, cache_gb, seed, batch_size = (self.settings[name] for name in names)
-        if self.settings.get("store_size") and self.settings["dataset"] != "folder":
+        s = self.settings
+        if s.get("store_size") and s["dataset"] != "folder":
             raise Refusal("--store-size is for the photographs of --dataset folder: leave it out")
-        place = data_dir or self.settings["data_dir"]
-        self.images = data.load(self.settings["dataset"], place, size, self.device, workers, cache_gb, seed, store_size)
-        batches = data.Batches(self.images.train, batch_size, seed, *distributed.rank_and_world())
+        self.images = data.load(s["dataset"], data_dir or s["data_dir"], s["image_size"], self.device, s["workers"],
+                                s["cache_gb"], s["seed"], store_size)
+        batches = data.Batches(self.images.train, s["batch_size"], s["seed"], *distributed.rank_and_world())
+        words = [f"{k.replace('_', '-')} {v}" for k, v in {**s, **self.facts}.items() if v is not None]
+        self.say(textwrap.fill(f"{self.method}: " + ", ".join(words), 100, subsequent_indent="    ",
+                               break_on_hyphens=False))
         self.ready("data", self.images)
         return self.images, batches
 
@@ -82,19 +80,19 @@ class Run:
     # ---- files
 
     def make_folder(self):
-        """Makes a new run's folder, settings["out"] or the next free runs/METHOD-DATASET-SEED[-2, -3, ...], with its
-        args.json."""
-        name, self.folder = "runs/{}-{dataset}-{seed}".format(self.method, **self.settings), Path(os.devnull)
-        if self.settings["out"] and self.rank == 0:
-            self.folder = Path(self.settings["out"])
+        """Makes a new run's folder with its args.json."""
+        if self.rank > 0:
+            return
+        if self.settings["out"]:
             refuse_taken(self.folder)
             self.folder.mkdir(parents=True, exist_ok=self.folder.exists())    # another run may be as fast
-        elif self.rank == 0:
-            for number in itertools.count(1):
-                self.folder = Path(name if number == 1 else f"{name}-{number}")
+        else:
+            first = self.folder
+            for number in itertools.count(2):
                 with contextlib.suppress(FileExistsError):
                     self.folder.mkdir(parents=True)
                     break
+                self.folder = Path(f"{first}-{number}")
         capabilities = getattr(torch.cpu, "get_capabilities", dict)           # older torch has none
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else \
             f"{self.device.type}, {capabilities().get('cpu_name', '')}, {os.cpu_count()} cores"
@@ -117,9 +115,6 @@ class Run:
     def log(self, **entry):
         """Adds the line of a finished epoch to log.jsonl."""
         self.history.append(entry)
-        self.write_log()
-
-    def write_log(self):
         self.write("log.jsonl", lambda path: path.write_text("".join(json.dumps(e) + "\n" for e in self.history)))
 
     # ---- checkpoint
@@ -163,39 +158,36 @@ class Run:
     def restore(self):
         """Puts the checkpoint into what is tracked. Returns (epoch, step) to go on at: (0, 0) in a new run.
 
-        Raises Refusal where the checkpoint is damaged or holds what this run would not save: another method's or
-        model's, or values of other types or shapes, which would only be met in training.
+        Raises Refusal where the checkpoint is damaged or holds what this run would not save (`alike`): another method's
+        or model's, or values of other types or shapes, which would only be met in training.
         """
         if not self.resumed or not self.saved():                              # killed before its first epoch ended
             return 0, 0
-        path = self.folder / "checkpoint.pt"
+        path, optimizer = self.folder / "checkpoint.pt", self.tracked["optimizer"]
         try:
             state = read_tensors(path)
             if state["method"] != self.method:
                 raise ValueError(f"it is {state['method']}'s")
-            for thing in self.tracked.values():
-                if isinstance(thing, torch.optim.Optimizer):                  # a step makes what it keeps
-                    for p in (p for group in thing.param_groups for p in group["params"]):
-                        p.grad = torch.zeros_like(p)
-                    thing.step()
-                    thing.zero_grad()
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                p.grad = torch.zeros_like(p)
+            optimizer.step()                                                  # makes what it keeps
+            optimizer.zero_grad()
             for name, thing in self.tracked.items():
                 now = thing.state_dict()
                 if isinstance(thing, torch.amp.GradScaler) and not (now and state[name]):
                     continue                                                  # {} where it was, or is, not needed
-                if not isinstance(thing, torch.nn.Module) and not alike(state[name], now):
+                if not alike(state[name], now):
                     raise ValueError(f"its {name} is of another kind")
                 thing.load_state_dict(copy.deepcopy(state[name]))             # the file's own pages stay the file's
             epoch, step, history = state["epoch"], state["step"], list(state["history"])
             if not alike([epoch, step], [0, 0]) or min(epoch, step) < 0 or not \
-                    0 <= sum(entry["seconds"] for entry in history) < math.inf or len(json.dumps(history)) > 2**28:
+                    0 <= sum(entry["seconds"] for entry in history) < math.inf or not json.dumps(history):
                 raise ValueError("its place in training is none")
-            self.history = history
         except Exception as error:                                            # zip, pickle, key and shape errors
             reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
             raise Refusal(f"{path} is not a whole checkpoint of this run ({reason}): put a good one in its place or "
                           f"start a new run") from None
-        self.write_log()
+        self.history = history
         return epoch, step
 
     # ---- from the first step to the last
