@@ -26,9 +26,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Refusal(f"{message} (--help lists the flags)")
 
-    def number(self, flag, default, interval, help, kind=None, **more):
+    def number(self, flag, default, interval, help, kind=None, group=None, **more):
         """A flag for a number in an interval such as "(0, 1]", of the default's type (`kind` where that is None)."""
-        self.add_argument(flag, default=default, type=in_interval(interval, kind or type(default)), help=help, **more)
+        parse = in_interval(interval, kind or type(default))
+        (group or self).add_argument(flag, default=default, type=parse, help=help, **more)
 
     def refuse_unused(self, args, names, choice):
         """Refusal where one of these settings is not at its default: the choice, say "--flag value", ignores them."""
@@ -50,7 +51,8 @@ class RunParser(Parser):
         """epochs, batch_size: their defaults. photographs: whether views are cut from a folder's whole photographs."""
         super().__init__(prog=Path(script).name, add_help=False, description=f"{method}. The defaults shown are those "
                          f"of --dataset shapes, or of the choices that stand beside --help.")
-        add = self.add_argument_group("settings that all methods share").add_argument
+        group = self.add_argument_group("settings that all methods share")
+        add, number = group.add_argument, functools.partial(self.number, group=group)
         add("-h", "--help", action="store_true", help="shows the flags")
         add("--dataset", choices=datasets, default="shapes", help="images to train on; shapes and folder need no "
             "download")
@@ -58,24 +60,21 @@ class RunParser(Parser):
             "without a GPU: smaller images, networks and batches, fewer epochs; other flags go before it")
         add("--data-dir", default="data", metavar="DIR",
             help="folder of downloads, or of your images (DIR/train/CLASS/*, DIR/test/CLASS/*)")
-        add("--image-size", type=in_interval("[8, inf)", int), default=32, help="side of the images, pixels")
+        number("--image-size", 32, "[8, inf)", "side of the images, pixels")
         if photographs:
-            add("--store-size", type=in_interval("[8, inf)", int), help="side that a folder's photographs are kept at, "
-                "whole, to be cropped from (default: twice the image size; not more than the largest has)")
-        add("--epochs", type=in_interval("[1, inf)", int), default=epochs, help="passes over the training images")
-        add("--batch-size", type=in_interval("[2, inf)", int), default=batch_size,
-            help="images a step, over all processes")
-        add("--seed", type=in_interval("[0, 4294967295]", int), default=0,
-            help="of the weights, the order, the augmentation, and of shapes")
+            number("--store-size", None, "[8, inf)", "side that a folder's photographs are kept at, whole, to be "
+                   "cropped from (default: twice the image size; not more than the largest has)", int)
+        number("--epochs", epochs, "[1, inf)", "passes over the training images")
+        number("--batch-size", batch_size, "[2, inf)", "images a step, over all processes")
+        number("--seed", 0, "[0, 4294967295]", "of the weights, the order, the augmentation, and of shapes")
         add("--device", default="auto", help="auto (CUDA, else MPS, else the CPU), cpu, mps, cuda or cuda:N")
         add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
             help="mixed precision; auto takes bf16, fp16 or off as the hardware has it")
         add("--compile", action="store_true", help="torch.compile the model")
-        add("--workers", type=in_interval("[0, 1024]", int), default=cores(), help="processes that decode images")
-        add("--cache-gb", type=in_interval("[0, inf)", float), default=8.0,
-            help="GB of decoded images kept on the device; more is streamed")
-        add("--knn-every", type=in_interval("[1, inf)", int), metavar="N", help="epochs from one kNN on the test "
-            "images to the next, and one after the last (default: so many that it takes at most 5 %% of the time)")
+        number("--workers", cores(), "[0, 1024]", "processes that decode images")
+        number("--cache-gb", 8.0, "[0, inf)", "GB of decoded images kept on the device; more is streamed")
+        number("--knn-every", None, "[1, inf)", "epochs from one kNN on the test images to the next, and one after the "
+               "last (default: so many that it takes at most 5 %% of the time)", int, metavar="N")
         add("--out", help="folder of the run; by default the next free runs/METHOD-DATASET-SEED")
         add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
 
@@ -88,20 +87,20 @@ class RunParser(Parser):
         not what is computed, so that they may change on --resume. Raises Refusal.
         """
         settings, absent = vars(self.parse_args([])), object()
-        self.set_defaults(**dict.fromkeys(settings, absent))
 
-        def parsed(argv):
-            return {name: value for name, value in vars(self.parse_args(argv)).items() if value is not absent}
+        def given_in(argv):
+            args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(settings, absent)))
+            return {name: value for name, value in vars(args).items() if value is not absent}
 
-        given = parsed(sys.argv[1:] if argv is None else [str(a) for a in argv])
+        given = given_in(sys.argv[1:] if argv is None else [str(a) for a in argv])
         if "resume" in given:
             try:
                 stored = read_settings(given["resume"], Path(self.prog).stem)[1]
             except Refusal as refusal:
                 raise Refusal(f"--resume {refusal}") from None
-            try:                                                              # only what flags can give
-                settings |= parsed(as_flags(stored))
-                for name, value in stored.items():
+            try:
+                settings |= given_in(as_flags(stored))
+                for name, value in stored.items():                            # only what flags can give
                     if settings.get(name, absent) != value:
                         raise ValueError(f"{name} {value!r}")
             except ValueError as error:                                       # a Refusal is one
@@ -164,10 +163,8 @@ def as_flags(settings):
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, list):
             words += [flag, *map(str, value)]
-        elif value is True:
-            words.append(flag)
         elif value is not None and value is not False:
-            words.append(f"{flag}={value}")
+            words.append(flag if value is True else f"{flag}={value}")
     os.fsencode("".join(words))                                               # ValueError of what is no character
     if any("\0" in word or len(word) > 4096 for word in words):
         raise ValueError("a word that no system takes")
@@ -197,7 +194,8 @@ def cores():
 
 
 def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
-    """Runs a script's main as a program: a Refusal is one sentence on stderr and exit status 2, without traceback.
+    """Runs a script's main as a program: what the user can help is one sentence on stderr and exit status 2, without a
+    traceback.
 
     memory: the flags that lower the need of memory, for the sentence of where there is too little.
     """
@@ -206,37 +204,36 @@ def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
     if "RANK" not in os.environ:                                              # there it may wait for others, deaf
         signal.signal(signal.SIGTERM, interrupt)
     free = limit_memory()
-    too_little = f"this needs more memory than the {free / 1e9:.1f} GB that were free: lower {memory}"
     try:
         return main()
-    except Refusal as refusal:
-        status, sentence = 2, str(refusal)
-    except torch.OutOfMemoryError:
-        status, sentence = 2, f"the GPU is out of memory: lower {memory}"
-    except MemoryError:
-        status, sentence = 2, too_little
-    except OSError as error:
-        if error.filename is None and error.strerror is None:
-            raise
-        status, sentence = 2, f"{error.filename or 'a file'}: {error.strerror}"
-    except RuntimeError as error:
-        if any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream")):
-            status, sentence = 2, "a checkpoint could not be written: make room on the disk of --out, then --resume"
-        elif "MPS backend out of memory" in str(error):
-            status, sentence = 2, f"the GPU is out of memory: lower {memory}"
-        elif "DefaultCPUAllocator" in str(error) or "could not create" in str(error):            # torch's, oneDNN's
-            status, sentence = 2, too_little
-        elif isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            status, sentence = 2, "another process has ended or does not answer: see its own message (here: " \
-                f"{str(error).splitlines()[0]})"
-        else:
-            raise
     except KeyboardInterrupt as stop:
         status = 128 + (stop.args or [signal.SIGINT])[0]
         sentence = "interrupted: what was saved is kept, and --resume RUN goes on with a run"
+    except Exception as error:
+        status, sentence = 2, way_out(error, free, memory)
+        if sentence is None:
+            raise
     path = Path(sys.argv[0])
     print(f"{path.parent.name if path.name == '__main__.py' else path.name}: {sentence}", file=sys.stderr)
     sys.exit(status)
+
+
+def way_out(error, free, memory):
+    """The sentence for an error that the user can help, or None for one of the program's own."""
+    text = str(error) if isinstance(error, RuntimeError) else ""              # torch's
+    if isinstance(error, Refusal):
+        return str(error)
+    if isinstance(error, OSError) and (error.filename or error.strerror):
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    if isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in text:
+        return f"the GPU is out of memory: lower {memory}"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or "could not create" in text:           # oneDNN
+        return f"this needs more memory than the {free / 1e9:.1f} GB that were free: lower {memory}"
+    if any(word in text for word in ("PytorchStreamWriter", "inline_container", "iostream")):
+        return "a checkpoint could not be written: make room on the disk of --out, then --resume"
+    if text and ("gloo" in text or isinstance(error, torch.distributed.DistError)):
+        return f"another process has ended or does not answer: see its own message (here: {text.splitlines()[0]})"
+    return None
 
 
 def limit_memory():
@@ -283,11 +280,10 @@ def pick_amp(name, device):
     """
     if name == "auto":
         has = getattr(torch.cpu, "get_capabilities", dict)()                  # older torch cannot tell
-        name = "off"
         if device.type == "cuda":
             name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-        elif device.type == "cpu" and (has.get("amx_bf16") or has.get("avx512_bf16")):
-            name = "bf16"
+        else:
+            name = "bf16" if device.type == "cpu" and (has.get("amx_bf16") or has.get("avx512_bf16")) else "off"
     if name == "fp16" and device.type not in ("cuda", "cpu"):
         raise Refusal(f"--amp fp16 needs a CUDA device or the CPU, not {device.type}: try --amp auto")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]

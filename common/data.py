@@ -4,6 +4,7 @@
 import functools
 import os
 import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
-from . import Refusal, augment, distributed, shapes, svhn
+from . import Refusal, augment, distributed, shapes
 
 HOMES = {**dict.fromkeys(("cifar10", "cifar100"), "https://www.cs.toronto.edu/~kriz/cifar.html"),
          "svhn": "http://ufldl.stanford.edu/housenumbers/", "stl10": "https://cs.stanford.edu/~acoates/stl10/",
@@ -286,7 +287,7 @@ def download(name, data_dir):
 
     def part(split):
         if name == "svhn":
-            return svhn.load(split, data_dir)
+            return svhn(split, data_dir)
         source = kind(data_dir, split if name == "stl10" else split == "train", download=split == splits[0])
         return source, None if split == "unlabeled" else source.labels if name == "stl10" else source.targets
 
@@ -299,3 +300,21 @@ def download(name, data_dir):
                       f"need no download") from None
     classes = getattr(parts[-1][0], "classes", None) or [str(c) for c in range(10)]
     return [None] * (3 - len(parts)) + parts, classes, ""
+
+
+def svhn(split, data_dir):
+    """Street View House Numbers, cropped digits, fetched on first use: [(image, None)], labels. Without SciPy, which
+    torchvision's class needs: a MATLAB 5 file of two arrays, each compressed, with a header, its flags, shape, name and
+    values, padded to 8 bytes."""
+    (url, filename, md5), arrays = datasets.SVHN.split_list[split], []
+    datasets.utils.download_url(url, data_dir, filename, md5)                 # where it is not there
+    rest = (Path(data_dir) / filename).read_bytes()[128:]
+    while rest:
+        size = int.from_bytes(rest[4:8], "little")
+        matrix, rest = zlib.decompress(rest[8 : 8 + size]), rest[8 + size :]
+        shape = np.frombuffer(matrix, "<i4", int.from_bytes(matrix[28:32], "little") // 4, 32)
+        start = 48 + -(-shape.nbytes // 8) * 8                                # of the values
+        kind = {2: "u1", 9: "<f8"}[int.from_bytes(matrix[start - 8 : start - 4], "little")]
+        arrays.append(np.frombuffer(matrix, kind, shape.prod(), start).reshape(shape, order="F"))
+    images, labels = arrays[0].transpose(3, 0, 1, 2), arrays[1].reshape(-1) % 10              # (N, 32, 32, 3); 10 is 0
+    return [(Image.fromarray(image), None) for image in images], labels

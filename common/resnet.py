@@ -4,6 +4,8 @@
 Parameter names are torchvision's, so `torchvision.models.resnet18().load_state_dict(ours, strict=False)` misses only
 `fc.*` when the stem is "imagenet" and the width 64.
 """
+import functools
+
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
@@ -64,13 +66,6 @@ class ResNet(nn.Module):
         return [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
 
 
-def resnet18(stem="cifar", width=64, in_channels=3, norm_layer=nn.BatchNorm2d):
-    return ResNet(BasicBlock, (2, 2, 2, 2), stem, width, in_channels, norm_layer)
-
-
-def resnet34(stem="cifar", width=64, in_channels=3, norm_layer=nn.BatchNorm2d):
-    return ResNet(BasicBlock, (3, 4, 6, 3), stem, width, in_channels, norm_layer)
-
-
-def resnet50(stem="cifar", width=64, in_channels=3, norm_layer=nn.BatchNorm2d):
-    return ResNet(Bottleneck, (3, 4, 6, 3), stem, width, in_channels, norm_layer)
+resnet18 = functools.partial(ResNet, BasicBlock, (2, 2, 2, 2))                # (stem, width, in_channels, norm_layer)
+resnet34 = functools.partial(ResNet, BasicBlock, (3, 4, 6, 3))
+resnet50 = functools.partial(ResNet, Bottleneck, (3, 4, 6, 3))

@@ -35,9 +35,9 @@ class Run:
         -3, ...]. It is made when training begins (`with run:`): until then an interruption leaves nothing behind.
         Raises Refusal where settings["out"] is taken.
         """
-        self.method, self.settings, self.facts, self.device, self.rank = Path(script).stem, settings, facts, device, rank
+        self.method, self.settings, self.device, self.rank = Path(script).stem, settings, device, rank
         self.tracked, self.history, self.encoders, self.signal, self.since = {}, [], {}, None, time.perf_counter()
-        self.resumed = bool(settings["resume"])
+        self.resumed, self.facts = bool(settings["resume"]), facts
         self.folder = Path(settings["resume"] or settings["out"] or
                            "runs/{}-{dataset}-{seed}".format(self.method, **settings))
         if settings["out"] and not self.resumed and rank == 0:

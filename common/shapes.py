@@ -8,9 +8,6 @@ exactly are used (no sines, no normal deviates), so the bytes are the same on ev
 """
 import numpy as np
 
-CLASSES = ("bar", "corner", "crescent", "cross", "disc", "frame", "ring", "square", "star", "triangle")
-PATTERNS = ("checks", "dots", "ripples", "stripes")
-
 
 def box(u, v, half_u, half_v, centre_u=0.0, centre_v=0.0):
     return np.maximum(np.abs(u - centre_u) - half_u, np.abs(v - centre_v) - half_v)
@@ -25,35 +22,27 @@ def triangle(u, v):
     return np.maximum(np.maximum(v, side * u - 0.5 * v), -side * u - 0.5 * v) - 0.48
 
 
+# Signed distance (negative inside, about exact near the edge) of points (u, v) from a shape of radius about 1.
+DISTANCE = {
+    "bar": lambda u, v: box(u, v, 1.0, 0.25),
+    "corner": lambda u, v: np.minimum(box(u, v, 0.27, 0.85, -0.5, 0.0), box(u, v, 0.78, 0.27, 0.0, 0.58)),
+    "crescent": lambda u, v: np.maximum(disc(u, v, 0.95), -disc(u, v, 0.75, centre_u=0.5)),
+    "cross": lambda u, v: np.minimum(box(u, v, 1.0, 0.27), box(u, v, 0.27, 1.0)),
+    "disc": lambda u, v: disc(u, v, 0.85),
+    "frame": lambda u, v: np.abs(box(u, v, 0.6, 0.6)) - 0.16,
+    "ring": lambda u, v: np.abs(disc(u, v, 0.7)) - 0.18,
+    "square": lambda u, v: box(u, v, 0.72, 0.72),
+    "star": lambda u, v: np.minimum(triangle(u, v), triangle(u, -v)),
+    "triangle": triangle,
+    "checks": lambda u, v: 4 * (np.abs(u % 1 - 0.5) - 0.25) * (np.abs(v % 1 - 0.5) - 0.25),
+    "dots": lambda u, v: disc(u % 1 - 0.5, v % 1 - 0.5, 0.3),
+    "ripples": lambda u, v: np.abs(disc(u, v, 0.0) % 0.8 - 0.4) - 0.2,
+    "stripes": lambda u, v: np.abs(u % 1 - 0.5) - 0.25}
+CLASSES, PATTERNS = tuple(DISTANCE)[:10], tuple(DISTANCE)[10:]
+
+
 def distance(shape, u, v):
-    """Signed distance (negative inside, about exact near the edge) of points (u, v) from a shape of radius about 1."""
-    if shape == "bar":
-        return box(u, v, 1.0, 0.25)
-    if shape == "corner":
-        return np.minimum(box(u, v, 0.27, 0.85, -0.5, 0.0), box(u, v, 0.78, 0.27, 0.0, 0.58))
-    if shape == "crescent":
-        return np.maximum(disc(u, v, 0.95), -disc(u, v, 0.75, centre_u=0.5))
-    if shape == "cross":
-        return np.minimum(box(u, v, 1.0, 0.27), box(u, v, 0.27, 1.0))
-    if shape == "disc":
-        return disc(u, v, 0.85)
-    if shape == "frame":
-        return np.abs(box(u, v, 0.6, 0.6)) - 0.16
-    if shape == "ring":
-        return np.abs(disc(u, v, 0.7)) - 0.18
-    if shape == "square":
-        return box(u, v, 0.72, 0.72)
-    if shape == "checks":
-        return 4 * (np.abs(u % 1 - 0.5) - 0.25) * (np.abs(v % 1 - 0.5) - 0.25)
-    if shape == "dots":
-        return disc(u % 1 - 0.5, v % 1 - 0.5, 0.3)
-    if shape == "ripples":
-        return np.abs(disc(u, v, 0.0) % 0.8 - 0.4) - 0.2
-    if shape == "stripes":
-        return np.abs(u % 1 - 0.5) - 0.25
-    if shape == "star":  # two triangles
-        return np.minimum(triangle(u, v), triangle(u, -v))
-    return triangle(u, v)
+    return DISTANCE[shape](u, v)
 
 
 def draw(n, image_size, seed, classes=CLASSES):
