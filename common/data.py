@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Data sets as batches of uint8 pixels, in memory on the training device where they fit, else streamed from disk: an
-`Images` is iterated alike. Each file counts once; broken ones are refused, with the first and the count."""
+"""Data sets as batches of uint8 pixels, kept on the training device where they fit, else streamed from disk."""
 import functools
 import os
 import warnings
@@ -34,22 +33,24 @@ class Images:
         self.source, self.device, self.workers, self.shape = source, device, workers, tuple(source.shape[-3:])
         self.aspect = torch.ones(len(source)) if aspect is None else aspect
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64, device=device)
-        self.pixels = source.to(device) if torch.is_tensor(source) else None
-        if in_memory and self.pixels is None:
+        pixels = source if torch.is_tensor(source) else None
+        if in_memory and pixels is None:
             pixels = torch.empty(len(source), *self.shape, dtype=torch.uint8)
-            for start, batch in zip(range(0, len(source), 256), stream(source, workers)):
-                pixels[start : start + 256] = batch
-            self.pixels = pixels.to(device)
+            for part, batch in zip(pixels.split(256), stream(source, workers)):
+                part.copy_(batch)
+        self.pixels = None if pixels is None else pixels.to(device)
 
     def __len__(self):
         return len(self.source)
 
     def batches(self, index_batches):
         """Yields uint8 (B, 3, S, S) on the device for each (B,) of the index tensors."""
-        streamed = stream(self.source, self.workers, index_batches, self.device.type == "cuda")
-        for batch in streamed if self.pixels is None else index_batches:
-            batch = augment.send(batch, self.device)
-            yield batch if self.pixels is None else self.pixels[batch]
+        if self.pixels is None:
+            for x in stream(self.source, self.workers, index_batches, self.device.type == "cuda"):
+                yield augment.send(x, self.device)
+        else:
+            for index in index_batches:
+                yield self.pixels[augment.send(index, self.device)]
 
     def at(self, index):
         """uint8 (B, 3, S, S) on the CPU for a (B,) tensor of indices."""
@@ -114,10 +115,10 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
 
     `shapes` (and `patterns`) trains on 2,000 images and probes with the labels of 500 of them, tested on 1,000: with
     more, neighbours in pixels would tell the classes. data_dir: where downloads are kept, or the user's folder, or a
-    list of `aligned` ones, whose images come as 3 channels each. cache_gb: 10^9 bytes that may be kept on the device;
-    more is streamed by `workers` processes. seed: of `shapes` and `patterns`. store_size: a folder's training images
-    are squashed to squares of this side, or of the largest image's, for views that are cut from the whole photograph;
-    None: cropped like the others. Raises Refusal where images are missing or cannot be read."""
+    list of `aligned` ones, whose images are stacked, 3 channels each. cache_gb: 10^9 bytes that may be kept on the
+    device; more is streamed by `workers` processes. seed: of `shapes` and `patterns`. store_size: the side of the
+    squares to which a folder's training images are squashed (at most the largest image's), for views that are cut from
+    the whole photograph; None: they are cropped like the others. Raises Refusal where images are missing or broken."""
     roots = list(map(Path, data_dir if isinstance(data_dir, (list, tuple)) else [data_dir]))
     channels, why, whole, aspect = 3 * len(roots), "", None, None
     if name in ("shapes", "patterns"):
@@ -143,9 +144,9 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
 
 
 class Decoder(Dataset):
-    """What read(image, S) makes of the images of a source, by default uint8 (channels, S, S). The source has paths,
-    (image, label) pairs, or lists of paths, whose images are stacked. For one that cannot be read it gives the sentence
-    that says so: a DataLoader would wrap an exception of its workers in their traceback."""
+    """read(image, S) of each image of a source, by default uint8 (channels, S, S). The source has paths, (image, label)
+    pairs, or lists of paths, whose images are stacked. In place of one that cannot be read there is the sentence that
+    says so: a DataLoader would wrap an exception of its workers in their traceback."""
 
     def __init__(self, source, image_size=1, channels=3, read=None):
         self.source, self.shape, self.read = source, (channels, image_size, image_size), read or to_pixels
@@ -156,10 +157,10 @@ class Decoder(Dataset):
     def __getitem__(self, i):
         item, found = self.source[i], []
         try:
-            for what in item[:1] if isinstance(item, tuple) else item if isinstance(item, list) else [item]:
-                with warnings.catch_warnings(action="ignore"), what if isinstance(what, Image.Image) else \
-                        Image.open(what) as image:                            # it warns of odd metadata
-                    found.append(self.read(image, self.shape[-1]))
+            for what in item if isinstance(item, list) else [item[0] if isinstance(item, tuple) else item]:
+                with warnings.catch_warnings(action="ignore"):                # of odd metadata
+                    with what if isinstance(what, Image.Image) else Image.open(what) as image:
+                        found.append(self.read(image, self.shape[-1]))
             return torch.cat(found)
         except Exception as error:                                            # Pillow's decoders raise all sorts
             return f"{what} cannot be read as an image ({error or type(error).__name__})"
@@ -167,12 +168,12 @@ class Decoder(Dataset):
 
 def stream(source, workers, index_batches=None, pin_memory=False):
     """Yields what a `Decoder` gives for each (B,) of the index tensors, or for all in order, stacked, from worker
-    processes at most two batches ahead each. Refusal names the first that cannot be read and counts the others."""
-    index_batches, broken = torch.arange(len(source)).split(256) if index_batches is None else index_batches, []
-    for batch in DataLoader(source, batch_sampler=[batch.tolist() for batch in index_batches], num_workers=workers,
+    processes. Raises Refusal, which names the first image that cannot be read and counts the others."""
+    sampler, broken = torch.arange(len(source)).split(256) if index_batches is None else index_batches, []
+    for batch in DataLoader(source, batch_sampler=[index.tolist() for index in sampler], num_workers=workers,
                             collate_fn=stack, pin_memory=pin_memory, generator=torch.Generator()):   # not torch's own
         if isinstance(batch, list):
-            broken += batch                                                   # from here on the rest is only tried
+            broken += batch                                                   # the rest is read only to be counted
         elif not broken:
             yield batch
     if broken:

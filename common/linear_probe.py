@@ -25,11 +25,9 @@ def linear_probe(train_x, train_y, test_x, test_y):
 def chosen_fit(train_x, train_y, classes):
     """`fit` of standardised features with the L2 penalty that is best on a tenth of them, held out."""
     order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0)).to(train_x.device)
-    held, kept = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10) :]
-
+    held, kept = order.tensor_split([max(1, len(order) // 10)])
     best, weights = (-1.0, None), None
-    stiff_to_free = sorted(L2, reverse=True)                                  # each warms the next
-    for l2 in told(stiff_to_free, len(L2) + 1, "fits of the linear probe"):
+    for l2 in told(sorted(L2, reverse=True), len(L2) + 1, "fits of the linear probe"):        # each warms the next
         weights = fit(train_x[kept], train_y[kept], classes, l2, weights)
         best = max(best, (score(train_x[held], train_y[held], weights), l2))
     return fit(train_x, train_y, classes, best[1], weights)
@@ -52,7 +50,6 @@ def fit(x, y, classes, l2, start=None):
         loss = F.cross_entropy(logits(x, weights), y) + l2 / 2 * weights[:-1].square().sum()
         loss.backward()
         return loss
-
     with torch.enable_grad():
         optimizer.step(closure)
     return weights.detach()
@@ -110,19 +107,13 @@ def knn(train_x, train_y, test_x, test_y, k=200, tau=0.1):
 
 
 @torch.no_grad()
-def features(encoder, images, autocast=contextlib.nullcontext(), batch_size=512, index=None, view=lambda x: x):
-    """What the encoder makes of every image, in order: (N, D) floats on the device.
+def encoded(encoder, images, autocast=contextlib.nullcontext(), batch_size=512, index=None, view=lambda x: x):
+    """Yields what the encoder makes of the images, in order, batch by batch: (B, D) floats on the device.
 
     encoder: a Module, RGB (B, 3, S, S) in [0, 1] to (B, D). It is put into eval mode meanwhile, and its parts back into
     the modes they had; nothing else of it changes. images: `data.Images`. autocast: a context. index: which of the
     images, (N,) on the CPU; all without it. view: a function that the images go through first.
     """
-    return torch.cat(list(encoded(encoder, images, autocast, batch_size, index, view)))
-
-
-@torch.no_grad()
-def encoded(encoder, images, autocast=contextlib.nullcontext(), batch_size=512, index=None, view=lambda x: x):
-    """`features` batch by batch: yields (B, D)."""
     modes = {part: part.training for part in encoder.modules()}
     encoder.eval()
     try:
@@ -134,6 +125,11 @@ def encoded(encoder, images, autocast=contextlib.nullcontext(), batch_size=512, 
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+def features(*args, **more):
+    """What `encoded` yields of the same arguments, in one: (N, D)."""
+    return torch.cat(list(encoded(*args, **more)))
 
 
 class WhitenedPixels(torch.nn.Module):
@@ -167,11 +163,8 @@ class WhitenedPixels(torch.nn.Module):
 
 def feature_std(h):
     """The standard deviation of unit features: of h (N, D), the root mean square distance of h / |h| from its mean, a
-    scalar tensor in [0, 1].
-
-    0 where all images have one direction (collapse), near 1 where directions fill the sphere. sqrt(D) times the mean
-    over the dimensions that SimSiam (Chen & He 2020, 2011.10566) plots, if all dimensions vary alike.
-    """
+    scalar tensor from 0 (one direction: collapse) to 1 (all over the sphere). SimSiam (Chen & He 2020, 2011.10566)
+    plots the mean over the D dimensions, 1 / sqrt(D) of it if all vary alike."""
     h = F.normalize(h.detach().float(), dim=1)
     return (1 - h.mean(dim=0).square().sum()).clamp(min=0).sqrt()
 
@@ -201,11 +194,8 @@ def rankme(h):
 
 
 def on_the_sphere(images, encoders, autocast, most=2000):
-    """{measure: {row: value}} of the four above, of each encoder but "pixels", on at most so many of the images.
-
-    The two views are two corners of an image, each three quarters of its side: the same for all methods, and nothing is
-    drawn at random. So alignment tells nothing of colours.
-    """
+    """{measure: {row: value}} of the four above, of each encoder but "pixels", on at most so many of the images. The
+    views are two corners of an image, each three quarters of its side: the same for all methods, and not random."""
     index, size, result = images.random_indices(most), images.shape[-1], {}
 
     def corner(first, last):
@@ -213,8 +203,8 @@ def on_the_sphere(images, encoders, autocast, most=2000):
     views = (lambda x: x), corner(0, 3 * size // 4), corner(size - 3 * size // 4, size)
     for row in [row for row in encoders if row != "pixels"]:
         h, a, b = (features(encoders[row], images, autocast, index=index, view=view) for view in views)
-        for name, value in dict(feature_std=feature_std(h), alignment=alignment(a, b), uniformity=uniformity(h),
-                                rankme=rankme(h)).items():
+        values = dict(feature_std=feature_std(h), alignment=alignment(a, b), uniformity=uniformity(h), rankme=rankme(h))
+        for name, value in values.items():
             result.setdefault(name, {})[row] = value.item()
     return result
 
@@ -237,9 +227,8 @@ def evaluate(images, encoders, autocast=contextlib.nullcontext(), measures=("lin
 
 def table(results, method):
     """The text that a person reads, accuracies in percent. results: {measure: {row: value}}."""
-    titles = {"knn": "kNN", "mlp": "MLP", "feature_std": "std", "alignment": "align", "uniformity": "uniform",
-              "rankme": "RankMe",
-              "pixels": "whitened pixels (PCA)", "untrained": "untrained encoder", "trained": method}
+    titles = {"knn": "kNN", "mlp": "MLP", "feature_std": "std", "alignment": "align", "uniformity": "uniform", "rankme":
+              "RankMe", "pixels": "whitened pixels (PCA)", "untrained": "untrained encoder", "trained": method}
     lines = [f"{'':26}" + "".join(f"{titles.get(name, name):>8}" for name in results)]
     for row in next(iter(results.values())):                                  # "trained" or "trained LAYER"
         kind, *layer = row.split(" ", 1)

@@ -16,10 +16,8 @@ SHARE = 0.05  # of the time, that a monitor takes
 
 class Progress:
     """The epoch's means, and the lines that show how training goes on: one ten seconds after the first step, one about
-    each minute, and one at the end of each epoch.
-
-    Values stay on the device until a line is due, so the loop does not wait for the device each step.
-    """
+    each minute, and one at the end of each epoch. Values stay on the device for half a second and longer, so that the
+    loop does not wait for the device at each step."""
 
     def __init__(self, run, epochs, steps, batch_size, metrics):
         """steps: of an epoch. metrics: {name: note} of what `update` is given; a note is "" or ends in the value that
@@ -28,7 +26,7 @@ class Progress:
         self.metrics, self.monitor = metrics | {"feature_std": ""}, None
         self.pending, self.sums, self.seconds, self.last = [], [0.0] * len(self.metrics), 0.0, None
         self.read_at = self.line_at = self.first_at = None                    # set by the first step
-        self.done, self.lines, self.trained = 0, 0, 0.0                       # steps after the first; seconds of epochs
+        self.done, self.said, self.trained = 0, False, 0.0                    # steps after the first; a line; seconds
 
     def state_dict(self):
         self.read()
@@ -60,11 +58,15 @@ class Progress:
         now = self.now()
         if now > self.line_at:
             self.read()
+            speed, left = self.pace()
             self.run.say(f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.steps}  {self.text(self.last)}  "
-                         f"{self.images / self.steps / self.step_seconds():,.0f} images/s  {clock(self.left())} left")
-            if not self.lines:
-                self.warn_if_long()
-            self.lines, self.line_at = self.lines + 1, now + LATER_LINES
+                         f"{speed:,.0f} images/s  {clock(left)} left")
+            by_choice = self.said or self.run.settings["small"] or self.run.settings["dataset"] == "shapes"
+            if left > LONG and not by_choice:
+                self.run.say(f"At this speed the run takes {left / 3600:,.0f} hours; with --small (smaller images, "
+                             f"networks and batches, fewer epochs) it takes about one, for 50,000 images on two CPU "
+                             f"cores.")
+            self.said, self.line_at = True, now + LATER_LINES
         elif now - self.read_at > 0.5 or step + 1 == self.steps:              # a loss that is not finite is seen soon
             self.read()
         if self.run.stop_requested():
@@ -74,7 +76,7 @@ class Progress:
         """Fetches the pending values. Raises Refusal where one is not finite, before any checkpoint takes it."""
         if not self.pending:
             return
-        rows = torch.stack(self.pending).cpu().double().tolist()           # MPS has no float64
+        rows = torch.stack(self.pending).cpu().double().tolist()              # MPS has no float64
         epoch, step = self.at
         for at, row in enumerate(rows, step + 2 - len(rows)):
             if not all(map(math.isfinite, row)):
@@ -90,20 +92,12 @@ class Progress:
                  for (name, note), value in zip(self.metrics.items(), values)]
         return "  ".join(words + ["COLLAPSED: all images have one feature"] * (values[-1] < COLLAPSED))
 
-    def step_seconds(self):
-        """The mean of the steps that are read but the first, which also compiles and allocates."""
-        return (self.read_at - self.first_at) / self.done if self.done else self.first_at - self.run.since
-
-    def left(self):
-        """Seconds to the end of training, at the speed so far."""
+    def pace(self):
+        """Images a second and the seconds to the end of training, by the steps that are read but the first, which also
+        compiles and allocates."""
+        seconds = (self.read_at - self.first_at) / self.done if self.done else self.first_at - self.run.since
         epoch, step = self.at
-        return ((self.epochs - epoch) * self.steps - step - 1) * self.step_seconds()
-
-    def warn_if_long(self):
-        """Tells who trains at the defaults of a real data set without a GPU that there is --small."""
-        if self.left() > LONG and not self.run.settings["small"] and self.run.settings["dataset"] != "shapes":
-            self.run.say(f"At this speed the run takes {self.left() / 3600:,.0f} hours; with --small (smaller images, "
-                         f"networks and batches, fewer epochs) it takes about one, for 50,000 images on two CPU cores.")
+        return self.images / self.steps / seconds, ((self.epochs - epoch) * self.steps - step - 1) * seconds
 
     def end_epoch(self, epoch, **more):
         """Prints the epoch's means, logs them with whatever more there is, draws curve.png and saves a checkpoint."""
@@ -128,17 +122,15 @@ class Progress:
                   for name, note in self.metrics.items() if name != "feature_std"]
         if self.monitor and self.monitor.knn:
             levels = {"whitened pixels": self.monitor.knn["pixels"], "untrained encoder": self.monitor.knn["untrained"]}
-            panels.append(("kNN on test images by epoch, %", [(0, levels["untrained encoder"]), *points("knn", 100)],
-                           levels))
+            knn = [(0, levels["untrained encoder"]), *points("knn", 100)]
+            panels.append(("kNN on test images by epoch, %", knn, levels))
         pictures.plot(path, *panels)
 
 
 class Monitor:
-    """What the encoder is worth while it trains: kNN on test images beside its two floors.
-
-    Of at most 10,000 labelled and 2,000 test images, the same for all three; the table at the end has all images. It
-    draws no random number, so that a run's weights are the same bit for bit as without it.
-    """
+    """What the encoder is worth while it trains: kNN beside its two floors, on at most 10,000 labelled and 2,000 test
+    images, the same for all three (the table at the end has all images). No random number is drawn, so that a run's
+    weights are the same bit for bit as without it."""
 
     def __init__(self, images, encoders, autocast, every=None):
         """images: `data.Data` with labels. encoders: {"untrained": Module, "trained": Module}; "pixels" is added when

@@ -81,10 +81,8 @@ def main(argv=None):
 
     path = folder / "evaluation.json"
     try:
-        found = cli.read_json(path) if path.exists() else {}
-        if not all(type(part) is dict for part in (found, *found.values(), *(
-                values for data in found.values() for values in data.values()))):
-            raise TypeError
+        found = {on: {measure: {**rows} for measure, rows in measures.items()}
+                 for on, measures in (cli.read_json(path) if path.exists() else {}).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         raise Refusal(f"{path} is damaged: put it right or move it away") from None
     for other in args.ood or ():
