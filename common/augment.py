@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Augmentation of a whole batch at once, with parameters of each image's own.
 
-Images x are (N, 3, H, W) floats in [0, 1] on any device. A recipe is a list of steps, (operation, *parameters), which
-the `random_` functions draw as torchvision's transforms do, on the CPU, so a seed gives the same views on every device;
-`apply` sends all parameters at once and runs the steps. Given the same parameters each operation agrees with the
-function of its name in `torchvision.transforms.functional`. The recipes stand in the scripts.
+Images x are (N, 3, H, W) floats in [0, 1] on any device. The `random_` functions draw parameters as torchvision's
+transforms do, on the CPU, so that a seed gives the same views on every device. They return lists of steps, (operation,
+*parameters); `apply` sends the parameters of all steps at once and runs them. Given the same parameters each operation
+agrees with the function of its name in `torchvision.transforms.functional`. The recipes stand in the scripts.
 """
 import functools
 import itertools
@@ -14,11 +14,8 @@ import torch.nn.functional as F
 
 
 class Random:
-    """Uniform random numbers for the images of a batch, from one seeded generator.
-
-    In a multi-process run every process draws for the whole batch and keeps its own images' part: numbers, views and
-    the generator's state are those of one process with the whole batch.
-    """
+    """Uniform random numbers for the images of a batch, from one seeded generator. Each of several processes draws
+    for the whole batch and keeps its own images' part: all is as in one process with the whole batch."""
 
     def __init__(self, seed, rank=0, world=1):
         self.generator = torch.Generator().manual_seed(seed)
@@ -116,8 +113,8 @@ def crop_boxes(rng, n, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
 def random_resized_crop(rng, shape, size, scale, aspect=None, ratio=(3 / 4, 4 / 3)):
     """A box of each image's own, of a share of its area in `scale` and a shape in `ratio`, resized to size x size.
 
-    shape: of x. aspect: (N,), width / height of the photographs that were squashed to the squares x, None: 1. The box
-    has its shape and its share in the photograph.
+    shape: of x. aspect: (N,), width / height of the photographs that were squashed to the squares x, None: 1. Share and
+    shape of the box are those in the photograph.
     """
     n, _, height, width = shape
     aspect = torch.ones(n) if aspect is None else aspect

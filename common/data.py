@@ -247,19 +247,19 @@ def folder(root):
     if not root.is_dir():
         raise Refusal(f"--data-dir {root} is not a folder: --dataset folder reads {root}/train/CLASS/* and "
                       f"{root}/test/CLASS/*, or images without classes below {root}")
-    train, *tests = [root / part for part in ("train", "test", "val") if (root / part).is_dir() or part == "train"]
-    train = train if train.is_dir() else root
-    pairs = [by_class(train) if train != root else [], by_class(tests[0]) if tests else []]
+    train, test = root / "train", next((root / part for part in ("test", "val") if (root / part).is_dir()), None)
+    pairs = [by_class(part) if part and part.is_dir() else [] for part in (train, test)]
     if [] in pairs:
+        train = train if train.is_dir() else root
         if not (files := image_files(train)):
             raise Refusal(f"--data-dir {root}: no images in {train} ({', '.join(datasets.folder.IMG_EXTENSIONS)})")
         return [(files, None), None, None], (), (
             f"{root} has no train/CLASS folders" if not pairs[0] else
-            f"{tests[0]} has no class folders" if tests else f"{root} has no test or val folder")
+            f"{test} has no class folders" if test else f"{root} has no test or val folder")
     classes, others = ({name for name, _ in part} for part in pairs)
     for odd in sorted(classes ^ others):
-        raise Refusal(f"{(tests[0] if odd in classes else train) / odd} holds no images, so class {odd!r} is not in "
-                      f"both {train} and {tests[0]}: fill it or take the class out")
+        raise Refusal(f"{(test if odd in classes else train) / odd} holds no images, so class {odd!r} is not in both "
+                      f"{train} and {test}: fill it or take the class out")
     return [None, *(([file for _, file in part], np.unique([name for name, _ in part], return_inverse=True)[1])
                     for part in pairs)], sorted(classes), ""
 
