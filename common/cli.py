@@ -82,9 +82,9 @@ class RunParser(Parser):
         """The settings of a new run, or of the run that --resume names, as a Namespace.
 
         presets: [(choices, settings)]: a run that has all the choices, say dict(dataset="folder"), takes these
-        settings in place of the flags' defaults. A later entry goes before an earlier one, and a flag that is given
-        before all of them. --help shows what would be used. free: settings of this script that decide how fast it runs,
-        not what is computed, so that they may change on --resume. Raises Refusal.
+        settings in place of the flags' defaults. A later entry overrides an earlier one, and a flag that is given all
+        of them. --help shows what would be used. free: settings of this script that decide how fast it runs, not what
+        is computed, so that they may change on --resume. Raises Refusal.
         """
         settings, absent = vars(self.parse_args([])), object()
 
@@ -126,7 +126,7 @@ class RunParser(Parser):
 
 
 def read_settings(folder, method=None):
-    """(method, settings) of the run in `folder`, from its args.json. method: the only one that will do, if any.
+    """(method, settings) of the run in `folder`, from its args.json. method: the one that is expected, if any.
 
     Raises Refusal where there is no such run. A method is the name of a script beside common/, never a path.
     """
@@ -146,7 +146,7 @@ def read_settings(folder, method=None):
 
 def read_json(path, most=2**22):
     """What a JSON file holds. Raises OSError, or ValueError where it holds none, or more than `most` bytes."""
-    if not path.is_file():                                                    # a pipe would be waited for
+    if not path.is_file():                                                    # reading a pipe would wait for ever
         raise FileNotFoundError(path)
     with open(path, "rb") as file:
         text = file.read(most + 1)
@@ -165,7 +165,7 @@ def as_flags(settings):
             words += [flag, *map(str, value)]
         elif value is not None and value is not False:
             words.append(flag if value is True else f"{flag}={value}")
-    os.fsencode("".join(words))                                               # ValueError of what is no character
+    os.fsencode("".join(words))                                               # ValueError where it cannot
     if any("\0" in word or len(word) > 4096 for word in words):
         raise ValueError("a word that no system takes")
     return words
@@ -201,7 +201,7 @@ def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
     """
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
-    if "RANK" not in os.environ:                                              # there it may wait for others, deaf
+    if "RANK" not in os.environ:                                              # torchrun's may be deaf, waiting in C++
         signal.signal(signal.SIGTERM, interrupt)
     free = limit_memory()
     try:
@@ -237,9 +237,8 @@ def way_out(error, free, memory):
 
 
 def limit_memory():
-    """Bytes of memory that are free now. On Linux without CUDA the process is bound by them from here on: an allocation
-    that goes beyond them fails, here and with a sentence, where the system would grant it and then kill the process.
-    """
+    """Bytes of memory that are free now. On Linux without CUDA the process is limited to them from here on: a larger
+    allocation fails at once, where the system would grant it and kill the process when it is used."""
     try:
         import resource                                                       # Windows has none
         lines = (Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()).splitlines()
@@ -250,7 +249,7 @@ def limit_memory():
     for file in "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes":           # of a container
         if os.path.exists(file) and (limit := Path(file).read_text().strip()).isdecimal():
             free = min(free, int(limit))
-    if not torch.cuda.is_available():                                         # its driver reserves more than it takes
+    if not torch.cuda.is_available():                                         # its driver reserves more than it uses
         resource.setrlimit(resource.RLIMIT_DATA, (taken + free, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     return free
 

@@ -217,8 +217,8 @@ def to_pixels(image, size, squash=False):
 
 
 def image_files(folder):
-    """The images in and below a folder, each once by its real path. Links are followed after what is there itself, but
-    not back up; hidden files (.ipynb_checkpoints, ._1.jpg), pipes and devices are left out. Raises OSError."""
+    """The images in and below a folder, each once by its real path. Links are followed last, and never to a folder
+    above; hidden files (.ipynb_checkpoints, ._1.jpg), pipes and devices are left out. Raises OSError."""
     def fail(error):
         raise error
     found, seen, tops = [], set(map(str, Path(folder).resolve().parents)), [folder]

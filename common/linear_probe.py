@@ -239,7 +239,7 @@ def table(results, method):
 
 
 def told(things, n, what):
-    """The n things, one by one. Of what takes longer than ten seconds it says how far it is, then and each minute."""
+    """Yields the n things. Where that takes longer than ten seconds it prints how far it is, then and each minute."""
     start = time.perf_counter()
     line_at = start + 10
     for i, thing in enumerate(things):

@@ -128,12 +128,12 @@ class Run:
         return self.tracked["progress"]
 
     def watch(self, autocast, encoders):
-        """Names what is judged, in training and at the end. To be called after `progress` and before `restore`: what is
-        "trained" is copied as "untrained".
+        """Names the encoders to evaluate, during training and at its end. To be called after `progress` and, as the
+        "trained" ones are copied here as "untrained" ones, before `restore`.
 
         autocast: a context. encoders: {row of the table: Module}, among them "trained", which encoder.pt keeps.
         """
-        if self.rank > 0:                                                     # they wait for the first in the next step
+        if self.rank > 0:                                                     # the others wait for it in the next step
             return
         self.autocast, copies = autocast, copy.deepcopy(encoders)
         for row, encoder in encoders.items():
@@ -170,19 +170,19 @@ class Run:
                 raise ValueError(f"it is {state['method']}'s")
             for p in (p for group in optimizer.param_groups for p in group["params"]):
                 p.grad = torch.zeros_like(p)
-            optimizer.step()                                                  # makes what it keeps
+            optimizer.step()                                                  # makes its state, to compare with
             optimizer.zero_grad()
             for name, thing in self.tracked.items():
                 now = thing.state_dict()
                 if isinstance(thing, torch.amp.GradScaler) and not (now and state[name]):
-                    continue                                                  # {} where it was, or is, not needed
+                    continue                                                  # {} of a run without fp16
                 if not alike(state[name], now):
                     raise ValueError(f"its {name} is of another kind")
                 thing.load_state_dict(copy.deepcopy(state[name]))             # the file's own pages stay the file's
             epoch, step, history = state["epoch"], state["step"], list(state["history"])
             if not alike([epoch, step], [0, 0]) or min(epoch, step) < 0 or not \
                     0 <= sum(entry["seconds"] for entry in history) < math.inf or not json.dumps(history):
-                raise ValueError("its place in training is none")
+                raise ValueError("it names no place in training")
         except Exception as error:                                            # zip, pickle, key and shape errors
             reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
             raise Refusal(f"{path} is not a whole checkpoint of this run ({reason}): put a good one in its place or "
@@ -193,7 +193,7 @@ class Run:
     # ---- from the first step to the last
 
     def __enter__(self):
-        """From here on Ctrl-C and SIGTERM only ask `stop_requested`; a second one ends the program at once."""
+        """From here on Ctrl-C and SIGTERM only make `stop_requested` true; a second one ends the program at once."""
         if not self.resumed:
             self.make_folder()
         self.say(f"run folder: {self.folder}")
@@ -214,7 +214,7 @@ class Run:
             (self.folder / "args.json").unlink(missing_ok=True)               # a new run that came to nothing
             self.folder.rmdir()
         if not failed and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()                         # NCCL wants it of all at about one time
+            torch.distributed.destroy_process_group()                         # NCCL wants all to do it at one time
 
     def stop_requested(self):
         return distributed.any_process(self.signal is not None)
@@ -235,7 +235,7 @@ class Run:
             return {}
         images, encoders, autocast, found = self.images, self.encoders, self.autocast, {}
         memory, queries, candidates = peak_memory(self.device), images.test, images.labelled
-        self.save_encoder()                                                   # an old run may have none yet
+        self.save_encoder()                                                   # an older run may lack it
         if images.labelled:
             found, features = linear_probe.evaluate(images, encoders, autocast, measures)
             h, query_h = features["trained"]
@@ -255,29 +255,29 @@ class Run:
 
 
 def write_file(path, write):
-    """Calls write(part) for a file beside `path` and puts that in its place at once: a kill leaves a whole file."""
+    """Calls write(part) for a file beside `path`, then renames it to `path`: a kill leaves the old file or the new."""
     part = path.with_name(f".{path.name}.part")
     try:
         write(part)
         with open(part, "rb+") as file:
-            os.fsync(file.fileno())                                           # a power cut, too
+            os.fsync(file.fileno())                                           # against a power cut
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = error.filename or str(path)                      # a full disk names none
+            error.filename = error.filename or str(path)                      # that of a full disk has none
         raise
     os.replace(part, path)
 
 
 def read_tensors(path):
-    """What torch.save has put into the dict in the file `path`, its tensors on the CPU: pages of the file, so memory is
-    taken only as they are read. No code of it runs. Raises all sorts of errors where the file is damaged."""
-    if not path.is_file():                                                    # a pipe would be waited for
+    """The dict that torch.save wrote to the file `path`, its tensors on the CPU and mapped from the file: they take
+    memory only as they are read. No code in it is run. Raises all sorts of errors where the file is damaged."""
+    if not path.is_file():                                                    # reading a pipe would wait for ever
         raise FileNotFoundError(f"{path} is no file")
     with zipfile.ZipFile(path) as parts:
         if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
             raise ValueError("it would unpack to more than it is")
-        if bad := parts.testzip():                                            # torch.load looks at no checksum
+        if bad := parts.testzip():                                            # torch.load tests no checksum
             raise ValueError(f"{bad} in it is damaged")
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(state, dict):
@@ -286,8 +286,8 @@ def read_tensors(path):
 
 
 def alike(a, b):
-    """Whether a could stand in place of b: equal types, keys, lengths, shapes and dtypes of tensors, numbers that are
-    finite. Numbered keys may be missing: an optimizer keeps nothing of a parameter that had no gradient."""
+    """Whether a has the form of b: the types, keys, lengths, and shapes and dtypes of tensors; and finite numbers.
+    Numbered keys may be missing: an optimizer keeps nothing for a parameter that had no gradient."""
     if torch.is_tensor(b):
         return torch.is_tensor(a) and (a.shape, a.dtype) == (b.shape, b.dtype)
     if isinstance(b, dict):
@@ -307,7 +307,7 @@ def refuse_taken(folder):
 
 
 def peak_memory(device):
-    """Bytes: of the CUDA device's allocations, else of the process, or None where that is not known."""
+    """Peak memory in bytes, on CUDA that of the device's tensors, else of the process; None where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What judges a finished run or draws from it. Training needs none of this.
+"""What evaluates a finished run, or draws from it. Training needs none of this.
 
     encoder = common.evaluation.load("RUN")      # in your own code: RGB (N, 3, S, S) in [0, 1] to features (N, D)
     python -m common.evaluation RUN              # linear probe and kNN; --help lists what else there is
 
-Any run of any script: the script METHOD.py beside common/ says what is special to its method.
+It may be a run of any script: METHOD.py, beside common/, offers what is special to its method.
 
     build_encoder(args)     the encoder, untrained, of a run's settings. stages() of it, if there: lists of its modules
                             and parameters by depth. keep_data(state), if there: takes from a trained encoder's state
