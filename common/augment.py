@@ -41,7 +41,7 @@ def send(x, device):
 
 
 def apply(x, steps):
-    """x (N, C, H, W), uint8 or floats in [0, 1], after the steps, as floats on x's device. It stays as it was.
+    """x (N, C, H, W), uint8 or floats in [0, 1], after the steps, as floats on x's device. x itself does not change.
 
     steps: [(operation, *parameters)]. Parameters are tensors on the CPU, sent as float32: whole numbers below 2^24 are
     exact. An operation may write into its x, and may return another number of images.
@@ -55,7 +55,8 @@ def apply(x, steps):
 
 
 def where(mask, operation, *parameters):
-    """The step, in a list, that changes the images where mask (N,) is true; the others cost nothing. If none is: []."""
+    """A list of the one step that changes the images where mask (N,) is true, or of none where there are no such
+    images: the others cost nothing."""
     def replace(x, index, *parameters):
         index = index.long()
         return x.index_copy_(0, index, operation(x[index], *parameters))

@@ -40,7 +40,7 @@ def plot(path, *panels, width=640, height=240, names=None):
     """Saves curves as a PNG, one panel below the other over the same x axis.
 
     panels: (title, points, levels): points [(x, y)] with x from 0 up, joined by a line; levels {name: y}, drawn across
-    as dashed lines. The y axis is as long as both need. names: {x: text} below the axis, in place of epochs.
+    as dashed lines. The y axis covers both. names: {x: text} below the axis, in place of epochs.
     """
     image, font = Image.new("RGB", (width, height * len(panels)), "white"), ImageFont.load_default(13)
     draw, last = ImageDraw.Draw(image), max(1, *(x for _, points, _ in panels for x, _ in points))

@@ -10,8 +10,8 @@ from .linear_probe import WhitenedPixels, feature_std, features, knn, rankme, un
 
 COLLAPSED = 0.01  # a feature standard deviation below this is one point up to noise
 FIRST_LINE, LATER_LINES = 10.0, 60.0  # seconds after the first step, and between lines
-LONG = 3 * 3600  # seconds of training after which a run is told of --small
-SHARE = 0.05  # of the time, that a monitor takes
+LONG = 3 * 3600  # seconds of training beyond which --small is recommended
+SHARE = 0.05  # of the training time, at most, that the monitor takes
 
 
 class Progress:
@@ -141,7 +141,7 @@ class Monitor:
         self.seconds, self.cost = 0.0, 0.0                                    # of all judgements; of an encoder's
 
     def due(self, epoch, trained):
-        """After how many epochs, and seconds of training."""
+        """Whether it is time to measure, after so many epochs and seconds of training."""
         return epoch % self.every == 0 if self.every else self.seconds + self.cost <= SHARE * trained
 
     def judge(self):

@@ -233,17 +233,16 @@ class Run:
         """
         if self.rank > 0:
             return {}
-        images, encoders, autocast, found = self.images, self.encoders, self.autocast, {}
-        memory, queries, candidates = peak_memory(self.device), images.test, images.labelled
+        memory, queries, candidates = peak_memory(self.device), self.images.test, self.images.labelled
         self.save_encoder()                                                   # an older run may lack it
-        if images.labelled:
-            found, features = linear_probe.evaluate(images, encoders, autocast, measures)
+        if candidates:
+            found, features = linear_probe.evaluate(self.images, self.encoders, self.autocast, measures)
             h, query_h = features["trained"]
         else:
-            self.say(f"\nno linear probe and no kNN: {images.unlabelled}")
-            queries = candidates = images.centred
-            h = query_h = linear_probe.features(encoders["trained"], candidates, autocast)
-        found |= linear_probe.on_the_sphere(queries, encoders, autocast)
+            self.say(f"\nno linear probe and no kNN: {self.images.unlabelled}")
+            found, queries, candidates = {}, self.images.centred, self.images.centred
+            h = query_h = linear_probe.features(self.encoders["trained"], candidates, self.autocast)
+        found |= linear_probe.on_the_sphere(queries, self.encoders, self.autocast)
         self.say("\n" + linear_probe.table(found, self.method))
         self.write("neighbours.png", lambda path: pictures.neighbours(path, queries, query_h, candidates, h))
         seconds = sum(entry["seconds"] for entry in self.history)

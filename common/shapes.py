@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`shapes`: coloured images drawn from a seed, so that every script has something to train on without a download, and
-`patterns`, alike but for what is drawn, as strange images beside them.
+`patterns`, drawn in the same way from other figures, as out-of-distribution images.
 
 Ten classes of light shape on a dark ground, of varying colour, size, place, rotation, lighting and noise, all drawn
 independently of the class: neither colour nor any single pixel gives it away. Only operations that IEEE 754 defines
@@ -32,7 +32,7 @@ DISTANCE = {
     "frame": lambda u, v: np.abs(box(u, v, 0.6, 0.6)) - 0.16,
     "ring": lambda u, v: np.abs(disc(u, v, 0.7)) - 0.18,
     "square": lambda u, v: box(u, v, 0.72, 0.72),
-    "star": lambda u, v: np.minimum(triangle(u, v), triangle(u, -v)),
+    "star": lambda u, v: np.minimum(triangle(u, v), triangle(u, -v)),         # two triangles
     "triangle": triangle,
     "checks": lambda u, v: 4 * (np.abs(u % 1 - 0.5) - 0.25) * (np.abs(v % 1 - 0.5) - 0.25),
     "dots": lambda u, v: disc(u % 1 - 0.5, v % 1 - 0.5, 0.3),

@@ -23,7 +23,7 @@ class Blocks(nn.Module):
 
 
 def probe(images, model, path, autocast):
-    """{block: accuracy} of linear probes, printed and drawn as the picture `path`. The best is in the middle."""
+    """{block: accuracy} of linear probes, printed and drawn as the picture `path`."""
     blocks, names = Blocks(model), list(model.blocks())
     train_x, test_x = (linear_probe.features(blocks, part, autocast, batch_size=128).chunk(len(names), dim=1)
                        for part in (images.labelled, images.test))

@@ -70,7 +70,7 @@ def tsne(x, perplexity=30.0, steps=500):
     y = 1e-4 * n**0.5 * torch.linalg.svd(x - x.mean(dim=0), full_matrices=False).U[:, :2]     # (N, 2)
     velocity = torch.zeros_like(y)
     for step in linear_probe.told(range(steps), steps, "steps of the map"):
-        early = step < steps // 2                                             # when clusters form: pulled 12 times
+        early = step < steps // 2                                             # early exaggeration: clusters form
         q = 1 / (1 + torch.cdist(y, y).square().fill_diagonal_(torch.inf))
         pull = ((12 if early else 1) * p - q / q.sum()) * q
         gradient = 4 * (pull.sum(dim=1, keepdim=True) * y - pull @ y)
@@ -80,7 +80,7 @@ def tsne(x, perplexity=30.0, steps=500):
 
 
 def draw_map(path, images, classes, encoder, autocast, n=2000, side=720):
-    """Keeps a PNG: the `tsne` of the unit features of n of the images, coloured by class, with a legend."""
+    """Saves a PNG (`runs.keep`): the `tsne` of the unit features of n images, coloured by class, with a legend."""
     index = images.random_indices(n)
     part = Images(images.at(index), None, images.device, 0, True)
     y = tsne(F.normalize(linear_probe.features(encoder, part, autocast).cpu(), dim=1))
@@ -101,8 +101,8 @@ def draw_map(path, images, classes, encoder, autocast, n=2000, side=720):
 
 @torch.no_grad()
 def show_neighbours(path, own, images, encoder, autocast):
-    """Keeps a PNG with a row for each of the files `own`: the image, then the training images whose unit features are
-    nearest to its own, which are printed, too."""
+    """Saves a PNG (`runs.keep`) with a row for each of the files `own`: the image, then the training images with the
+    nearest unit features. Prints their names, too."""
     train, names = images.centred, files(images.centred)
     given = Images(Decoder(own, train.shape[-1]), None, train.device, 0, True).pixels
 

@@ -112,9 +112,9 @@ def compare_finetuning(images, encoder, untrained, shares, draws, frozen_stages,
           f"beside the same network trained from scratch")
 
     def score(row, share, index, seed):
-        begin, still, times = (encoder, frozen_stages, 1) if row == "finetuned" else (untrained, 0, 2)
-        steps = max(1, round(times * passes[str(share)] * len(index) / BATCH_SIZE))
-        return finetune(copy.deepcopy(begin), images.labelled, index, images.test, still, amp, steps, seed=seed)
+        start, n_frozen, longer = (encoder, frozen_stages, 1) if row == "finetuned" else (untrained, 0, 2)
+        steps = max(1, round(longer * passes[str(share)] * len(index) / BATCH_SIZE))
+        return finetune(copy.deepcopy(start), images.labelled, index, images.test, n_frozen, amp, steps, seed=seed)
     labels = images.labelled.labels
     found = compare("fine-tuning, share of labels", ["finetuned", "scratch"], labels, shares, draws, score)
     return {f"{share}, {frozen_stages} frozen": {**values, "frozen_stages": frozen_stages, "frozen_weights": frozen,

@@ -94,8 +94,8 @@ def filled(build, args, state, path):
 
 
 def keep(path, write):
-    """Puts the bytes that write(file) writes into the file `path` or, where that has others, the first of NAME-2,
-    NAME-3, ... that has not: the same bytes are there once. Prints which file."""
+    """Saves what write(file) writes as `path` or, where that file has other bytes, as the first of NAME-2, NAME-3, ...
+    that is free or has these already. Prints which file it is."""
     write(file := io.BytesIO())
     for number in itertools.count(1):
         free = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
