@@ -97,18 +97,18 @@ def crop_boxes(rng, n, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     height, width: of all images, or (n,) of each. Share of the image's area uniform in `scale`, aspect ratio
     log-uniform in `ratio`; of ten tries the first that fits, else the whole image (cut to the ratio's bounds).
     """
-    height, width = (torch.as_tensor(side, dtype=torch.float32).expand(n) for side in (height, width))
-    area = (height * width)[:, None] * rng.uniform(n, 10, low=scale[0], high=scale[1])        # (n, 10)
+    whole = torch.stack([torch.as_tensor(side, dtype=torch.float32).expand(n) for side in (height, width)])   # (2, n)
+    area = whole.prod(dim=0)[:, None] * rng.uniform(n, 10, low=scale[0], high=scale[1])       # (n, 10)
     low, high = torch.tensor(ratio).log().tolist()
     aspect = rng.uniform(n, 10, low=low, high=high).exp()
-    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
-    first, any_fits = fits.int().argmax(dim=1, keepdim=True), fits.any(dim=1)  # (n, 1), 0 where none fits; (n,)
-    w = torch.where(any_fits, w.gather(1, first)[:, 0], torch.minimum(width, (height * ratio[1]).round()))
-    h = torch.where(any_fits, h.gather(1, first)[:, 0], torch.minimum(height, (width / ratio[0]).round()))
-    top, left = (rng.uniform(n) * (height - h + 1)).floor(), (rng.uniform(n) * (width - w + 1)).floor()
-    top = torch.where(any_fits, top, ((height - h) / 2).floor())              # the whole image's box is centred
-    return top, torch.where(any_fits, left, ((width - w) / 2).floor()), h, w
+    size = torch.stack([area / aspect, area * aspect]).sqrt().round()         # (2, n, 10) height and width
+    fits = ((size > 0) & (size <= whole[:, :, None])).all(dim=0)              # (n, 10)
+    first, any_fits = fits.int().argmax(dim=1), fits.any(dim=1)               # (n,), 0 where none fits; (n,)
+    cut = torch.minimum(whole, torch.stack([whole[1] / ratio[0], whole[0] * ratio[1]]).round())
+    size = torch.where(any_fits, size[:, torch.arange(n), first], cut)        # (2, n)
+    start = torch.stack([rng.uniform(n), rng.uniform(n)]) * (whole - size + 1)
+    start = torch.where(any_fits, start, (whole - size) / 2).floor()          # the whole image's box is centred
+    return *start, *size
 
 
 def random_resized_crop(rng, shape, size, scale, aspect=None, ratio=(3 / 4, 4 / 3)):
@@ -132,13 +132,11 @@ def random_horizontal_flip(rng, n):
 
 def shift(x, down, right):
     """Moves each image by its own whole number of pixels (N,), negative for up and left; the border is mirrored."""
-    def moved(size, by):                                                      # (N, size) source positions
-        source = (torch.arange(size, device=x.device) - by[:, None].long()).abs()             # -1 is 1: no edge twice
-        return size - 1 - (size - 1 - source).abs()
-    n, _, height, width = x.shape
-    image = torch.arange(n, device=x.device)[:, None, None]
-    x = x.permute(0, 2, 3, 1)[image, moved(height, down)[:, :, None], moved(width, right)[:, None, :]]
-    return x.permute(0, 3, 1, 2)
+    def matrix(size, by):                                                     # (N, to, from)
+        place = torch.arange(size, device=x.device)
+        source = (place - by[:, None]).abs()                                  # -1 is 1: no edge twice
+        return (size - 1 - (size - 1 - source).abs()[:, :, None] == place).to(x.dtype)
+    return resample(x, matrix(x.shape[2], down), matrix(x.shape[3], right))
 
 
 def random_shift(rng, n, reach, p=1.0):
