@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import itertools
-import sys
 from pathlib import Path
 
 import torch
@@ -21,11 +20,8 @@ def load_script(folder, method=None):
     path, package = ROOT / f"{method}.py", ".".join(__package__.split(".")[:-2])             # of common/, if it has one
     if not path.is_file():
         raise Refusal(f"{folder} is a run of {method}.py, which has to lie beside common/ to read it")
-    name = f"{package}.{method}" if package else method
-    module = sys.modules.get(name)
-    if module is None or getattr(module, "__file__", None) != str(path):
-        spec = importlib.util.spec_from_file_location(name, path)
-        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    spec = importlib.util.spec_from_file_location(f"{package}.{method}" if package else method, path)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     if not hasattr(module, "build_encoder"):
         raise Refusal(f"{folder}: {path} is no script of a method, it has no build_encoder(args)")
     return module, module.arguments(["--resume", str(folder)])                # checks the settings
