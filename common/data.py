@@ -267,18 +267,20 @@ def folder(root):
 def aligned(roots):
     """`folder` of the first root; where there are more roots with a list of files for each item: its own, and those of
     the same place and name, but for the suffix, below the others."""
-    found = [folder(root) for root in roots]
-    ours, *theirs = [{os.path.splitext(os.path.relpath(file, root))[0]: file
-                      for part in parts if part for file in part[0]} for root, (parts, *_) in zip(roots, found)]
-    for root, files in zip(roots[1:], theirs):
-        for odd in sorted(ours.keys() ^ files.keys()):
-            has, lacks = (roots[0], root) if odd in ours else (root, roots[0])
+    found, named = [folder(root) for root in roots], [{} for _ in roots]
+    if len(roots) == 1:
+        return found[0]
+    for root, (parts, *_), files in zip(roots, found, named):
+        for file in (file for part in parts if part for file in part[0]):
+            name = os.path.splitext(os.path.relpath(file, root))[0]
+            if file != files.setdefault(name, file):
+                raise Refusal(f"{files[name]} and {file} have one name but for the suffix: take one of them out")
+        for odd in sorted(named[0].keys() ^ files.keys()):
+            has, lacks = (roots[0], root) if odd in named[0] else (root, roots[0])
             raise Refusal(f"{has} has an image {odd!r} and {lacks} has none: the folders need images of the same names")
+    rows = {file: [files[name] for files in named] for name, file in named[0].items()}
     parts, *more = found[0]
-    if theirs:
-        rows = {file: [file, *(files[place] for files in theirs)] for place, file in ours.items()}
-        parts = [part and ([rows[file] for file in part[0]], part[1]) for part in parts]
-    return parts, *more
+    return [part and ([rows[file] for file in part[0]], part[1]) for part in parts], *more
 
 
 def download(name, data_dir):

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -260,15 +261,17 @@ def test_views_dir_trains(aligned, tmp_path):
 
 
 @pytest.mark.parametrize("root", [0, 1])
-@pytest.mark.parametrize("damage", ["gone", "more", "broken"])
+@pytest.mark.parametrize("damage", ["gone", "more", "broken", "twice"])
 def test_views_dir_refuses(aligned, tmp_path, root, damage):
-    """A name in one folder alone, whichever it is, or an unreadable image: the sentence names it."""
+    """A name in one folder alone, whichever it is, or twice in one, or an unreadable image: the sentence names it."""
     suffix = ("png", "bmp")[root]
     file = tmp_path / ("colour", "depth")[root] / "train" / "dog" / f"5.{suffix}"
     if damage == "gone":
         file.unlink()
     elif damage == "more":
         file.rename(file.with_name(f"extra.{suffix}"))
+    elif damage == "twice":
+        shutil.copy(file, file.with_suffix(".jpg"))
     else:
         file.write_bytes(b"none")
     with pytest.raises(Refusal, match=r"dog/5" if damage != "more" else r"dog/(5|extra)"):
