@@ -158,16 +158,14 @@ class Run:
     def restore(self):
         """Puts the checkpoint into what is tracked. Returns (epoch, step) to go on at: (0, 0) in a new run.
 
-        Raises Refusal where the checkpoint is damaged or holds what this run would not save (`alike`): another method's
-        or model's, or values of other types or shapes, which would only be met in training.
+        Raises Refusal where the checkpoint is damaged or has another form than this run would save (`alike`): one of
+        another model, or with values of other types or shapes, which would only be met in training.
         """
         if not self.resumed or not self.saved():                              # killed before its first epoch ended
             return 0, 0
         path, optimizer = self.folder / "checkpoint.pt", self.tracked["optimizer"]
         try:
             state = read_tensors(path)
-            if state["method"] != self.method:
-                raise ValueError(f"it is {state['method']}'s")
             for p in (p for group in optimizer.param_groups for p in group["params"]):
                 p.grad = torch.zeros_like(p)
             optimizer.step()                                                  # makes its state, to compare with
