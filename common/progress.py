@@ -61,8 +61,8 @@ class Progress:
             speed, left = self.pace()
             self.run.say(f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.steps}  {self.text(self.last)}  "
                          f"{speed:,.0f} images/s  {clock(left)} left")
-            by_choice = self.said or self.run.settings["small"] or self.run.settings["dataset"] == "shapes"
-            if left > LONG and not by_choice:
+            small = self.run.settings["small"] or self.run.settings["dataset"] == "shapes"
+            if left > LONG and not small and not self.said:
                 self.run.say(f"At this speed the run takes {left / 3600:,.0f} hours; with --small (smaller images, "
                              f"networks and batches, fewer epochs) it takes about one, for 50,000 images on two CPU "
                              f"cores.")
