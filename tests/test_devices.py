@@ -46,13 +46,6 @@ RUNS = [(kind, *variant) for kind in KINDS for variant in VARIANTS] if os.enviro
 names = lambda value: getattr(value, "__name__", value)
 
 
-@pytest.fixture(autouse=True)
-def short_fits(monkeypatch):
-    """A probe asks for values in each of its steps, which takes long where each operation is looked at."""
-    lbfgs = torch.optim.LBFGS
-    monkeypatch.setattr(torch.optim, "LBFGS", lambda weights, **more: lbfgs(weights, **more | {"max_iter": 2}))
-
-
 # ---- the simulator
 
 
@@ -158,9 +151,11 @@ def test_drawn_images_are_kept_on_the_device(device):
 
 @contextlib.contextmanager
 def simulated(kind, monkeypatch):
-    """A device of KINDS, in which the lines of progress, which are a minute apart, count for nothing."""
+    """A device of KINDS, in which the lines of progress, which are a minute apart, count for nothing. Probes are short:
+    they ask for values in each of their steps, which takes long where each operation is looked at."""
     with Device(*KINDS[kind]) as device, monkeypatch.context() as patch:
-        read = Progress.read
+        read, lbfgs = Progress.read, torch.optim.LBFGS
+        patch.setattr(torch.optim, "LBFGS", lambda weights, **more: lbfgs(weights, **more | {"max_iter": 2}))
 
         def uncounted(self):
             with device.uncounted():
