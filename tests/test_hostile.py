@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What others bring: odd images and folders, damaged runs, full disks and kills. tests/fuzz.py has the long sweeps."""
+import contextlib
 import json
 import os
 import resource
@@ -359,27 +360,31 @@ def ended(monkeypatch, capsys):
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.fixture
-def full_disk():
-    """full_disk(bytes): a limit on the size of a file stands for a disk that is full."""
+@contextlib.contextmanager
+def full_disk(size):
+    """A limit on the size of a file stands for a disk that is full. It holds for pytest's own output, too, so that no
+    test may end in it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size, named", [(50_000, "a checkpoint could not be written"), (900, "args.json: File too")])
-def test_a_disk_that_is_full(tiny, here, size, named, full_disk, ended):
+def test_a_disk_that_is_full(tiny, here, size, named, ended):
     """One sentence, and no half of a file."""
-    full_disk(size)
-    status, err = ended(lambda: simclr.main(tiny(simclr, "--out", "run")))
+    with full_disk(size):
+        status, err = ended(lambda: simclr.main(tiny(simclr, "--out", "run")))
     assert status == 2 and named in err and {p.name for p in Path("run").iterdir()} <= {"args.json", "log.jsonl",
                                                                                           "curve.png"}
 
 
-def test_a_full_disk_later_leaves_what_there_is(run, either, full_disk, ended):
+def test_a_full_disk_later_leaves_what_there_is(run, either, ended):
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    full_disk(3000)
-    status, err = ended(lambda: either.main(["--resume", run]))
+    with full_disk(3000):
+        status, err = ended(lambda: either.main(["--resume", run]))
     assert status == 2 and {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
