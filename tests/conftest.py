@@ -120,7 +120,7 @@ def background(request, tmp_path_factory, tiny):
     """{fixture: (folder, process)}: programs that tests wait for run from the start, on what the tests leave of the
     machine. A module starts the program of its fixture by start(folder, tiny)."""
     started = {}
-    for name, module in (("two", "test_distributed"), ("alone", "test_scripts")):
+    for name, module in (("two", "test_distributed"), ("alone", "test_scripts"), ("kills", "test_hostile")):
         if any(name in item.fixturenames for item in request.session.items):
             folder = tmp_path_factory.mktemp(name)
             started[name] = folder, importlib.import_module(module).start(folder, tiny)

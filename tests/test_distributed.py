@@ -105,7 +105,8 @@ def two(ended):
 def test_gradient_of_gather(two, rank):
     """What both processes' losses ask of a process's part, also where it arrives transposed."""
     weights = torch.arange(24.0).view(4, 2, 3) ** 2
-    assert torch.equal(torch.load(two / f"gradient{rank}", weights_only=True), 2 * weights.transpose(1, 2)[2 * rank : 2 * rank + 2])
+    gradient = torch.load(two / f"gradient{rank}", weights_only=True)
+    assert torch.equal(gradient, 2 * weights.transpose(1, 2)[2 * rank : 2 * rank + 2])
 
 
 @pytest.mark.parametrize("case", CASES)

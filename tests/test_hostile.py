@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -345,8 +346,8 @@ def a_run(out=None):
 
 
 @pytest.fixture
-def ended(monkeypatch, capsys):
-    """ended(main): (exit status, what is on stderr) of main as a program, in this process."""
+def as_program(monkeypatch, capsys):
+    """as_program(main): (exit status, what is on stderr) of main as a program, in this process."""
     def end(main):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
             patch.setattr(cli, "limit_memory", lambda: 0.0)
@@ -373,40 +374,40 @@ def full_disk(size):
 
 
 @pytest.mark.parametrize("size, named", [(50_000, "a checkpoint could not be written"), (900, "args.json: File too")])
-def test_a_disk_that_is_full(tiny, here, size, named, ended):
+def test_a_disk_that_is_full(tiny, here, size, named, as_program):
     """One sentence, and no half of a file."""
     with full_disk(size):
-        status, err = ended(lambda: simclr.main(tiny(simclr, "--out", "run")))
+        status, err = as_program(lambda: simclr.main(tiny(simclr, "--out", "run")))
     assert status == 2 and named in err and {p.name for p in Path("run").iterdir()} <= {"args.json", "log.jsonl",
                                                                                           "curve.png"}
 
 
-def test_a_full_disk_later_leaves_what_there_is(run, either, ended):
+def test_a_full_disk_later_leaves_what_there_is(run, either, as_program):
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     with full_disk(3000):
-        status, err = ended(lambda: either.main(["--resume", run]))
+        status, err = as_program(lambda: either.main(["--resume", run]))
     assert status == 2 and {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another")
-def test_an_out_that_is_read_only(here, ended):
+def test_an_out_that_is_read_only(here, as_program):
     for place in (here, *here.parents[:3]):
         os.chmod(place, 0o755)
     os.seteuid(65534)
     try:
-        status, err = ended(a_run("run").make_folder)
+        status, err = as_program(a_run("run").make_folder)
     finally:
         os.seteuid(0)
     assert status == 2 and err.endswith(": run: Permission denied\n")
 
 
-def test_sigterm_during_evaluation(run, either, ended, monkeypatch):
+def test_sigterm_during_evaluation(run, either, as_program, monkeypatch):
     """What training saved is kept: a sentence, status 143, and --resume evaluates."""
     (run / "result.json").unlink()
     before = (run / "checkpoint.pt").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(linear_probe, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        status, err = ended(lambda: either.main(["--resume", run]))
+        status, err = as_program(lambda: either.main(["--resume", run]))
     assert status == 143 and "interrupted" in err and "--resume" in err
     assert (run / "checkpoint.pt").read_bytes() == before
     assert either.main(["--resume", run])["linear"] and (run / "result.json").exists()
@@ -429,6 +430,17 @@ def test_a_clock_that_is_set_takes_no_time():
     assert not [path for path in [*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py")] if "time.time(" in path.read_text()]
 
 
-def test_kills(tmp_path):
+def start(folder, tiny):
+    with open(folder / "output", "w") as output:
+        return subprocess.Popen([sys.executable, ROOT / "tests" / "fuzz.py", "--kill", "--cases", "2", "--scripts",
+                                 "simclr"], cwd=folder, stdout=output, stderr=output)
+
+
+@pytest.fixture(scope="module")
+def kills(ended):
+    return ended("kills")
+
+
+def test_kills(kills):
     """A share of tests/fuzz.py --kill."""
-    assert fuzz.kill("simclr", 2, tmp_path) == []
+    assert "simclr: 2 kills, " in (kills / "output").read_text()

@@ -462,10 +462,11 @@ def test_memory_that_is_not_there_is_refused_before_it_is_used():
     """An allocation of more than is free, which the system grants as long as it is not used, fails in a sentence."""
     code = ("import torch; from common import cli; free = cli.limit_memory(); "
             "cli.program(lambda: print(torch.empty(int(SHARE * free), dtype=torch.uint8).shape))")
-    fits, refused = (subprocess.run([sys.executable, "-c", code.replace("SHARE", share)], cwd=ROOT, text=True,
-                                    capture_output=True) for share in ("0.5", "1.02"))
+    fits, refused = [subprocess.Popen([sys.executable, "-c", code.replace("SHARE", share)], cwd=ROOT, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE) for share in ("0.5", "1.02")]
+    (_, _), (_, err) = fits.communicate(), refused.communicate()
     assert fits.returncode == 0 and refused.returncode == 2
-    assert "more memory than the" in refused.stderr and refused.stderr.count("\n") == 1
+    assert "more memory than the" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("has, dtype", [("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx2", None)])
@@ -508,7 +509,8 @@ common.cli.program(script.main)
 
 def test_nothing_that_windows_lacks(tiny, tmp_path):
     """Every script and module is imported without it, and a script runs to its end."""
-    run = subprocess.run([sys.executable, "-c", WINDOWS, ROOT, *tiny("simclr", "--epochs", 1, "--out", tmp_path / "run")],
+    flags = tiny("simclr", "--epochs", 1, "--out", tmp_path / "run")
+    run = subprocess.run([sys.executable, "-c", WINDOWS, ROOT, *flags],
                          text=True, capture_output=True)
     assert run.returncode == 0 and run.stderr == "", run.stderr
     assert json.loads((tmp_path / "run/result.json").read_text())["peak_memory"] is None
