@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 import torch.utils.checkpoint
-import torchgen
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,7 +64,7 @@ def device_in(values):
 @functools.cache
 def lacked_by_mps():
     """Names of the operations that have kernels, but none for MPS, by the table that torch is made from."""
-    table = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    table = Path(torch.__file__).parents[1] / "torchgen/packaged/ATen/native/native_functions.yaml"
     kernels = {}
     for block in re.split(r"^- func: ", table.read_text(), flags=re.M)[1:]:
         keys = set(", ".join(re.findall(r"^    ([A-Z][\w, ]+): ", block, flags=re.M)).split(", ")) - {""}
