@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What a frozen representation is worth: a linear probe and a kNN classifier on its features, beside honest floors."""
 import contextlib
+import itertools
 import time
 
 import torch
@@ -44,8 +45,10 @@ def fit(x, y, classes, l2, start=None):
     weights = torch.zeros(x.shape[1] + 1, classes, device=x.device) if start is None else start.clone()
     weights.requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=100, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    steps = told(itertools.count(), 150, "evaluations of the loss in one fit, at most")       # 1.25 max_iter + 25
 
     def closure():
+        next(steps)
         optimizer.zero_grad()
         loss = F.cross_entropy(logits(x, weights), y) + l2 / 2 * weights[:-1].square().sum()
         loss.backward()
@@ -127,9 +130,9 @@ def encoded(encoder, images, autocast=contextlib.nullcontext(), batch_size=512, 
             part.training = training
 
 
-def features(*args, **more):
+def features(encoder, images, autocast=contextlib.nullcontext(), **more):
     """What `encoded` yields of the same arguments, in one: (N, D)."""
-    return torch.cat(list(encoded(*args, **more)))
+    return torch.cat(list(encoded(encoder, images, autocast, **more)))
 
 
 class WhitenedPixels(torch.nn.Module):
@@ -140,8 +143,9 @@ class WhitenedPixels(torch.nn.Module):
 
     def __init__(self, images, components=256):
         super().__init__()
-        parts = images.batches(images.random_indices(10_000).split(512))
-        x = torch.cat([self.flat(part.float() / 255) for part in parts])
+        parts = images.random_indices(10_000).split(512)
+        x = torch.cat([self.flat(part.float() / 255) for part in told(images.batches(parts), len(parts), "batches of "
+                       "512 images for the whitened pixels")])
         self.mean = x.mean(dim=0)
         covariance = (x - self.mean).T @ (x - self.mean) / len(x)
         variance, axes = (part.to(x.device) for part in torch.linalg.eigh(covariance.cpu()))  # ascending; MPS has none

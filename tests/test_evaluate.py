@@ -212,7 +212,7 @@ def test_gcrl_by_depth(finished, here):
     """A probe on each block, the encoder's last one all but its norm; and the picture."""
     shutil.copytree(finished("gcrl").folder, here / "run")
     blocks = judge(here / "run", "--blocks")["blocks"]
-    assert list(blocks) == ["embedding", "encoder 1, row", "encoder 2, column", "decoder 1"]
+    assert list(blocks) == ["embedding", "encoder.0, row", "encoder.1, column", "decoder.0, row"]
     assert all(0 <= value <= 1 for value in blocks.values())
     with Image.open(here / "run" / "blocks.png") as image:
         assert image.size == (110 * 4 + 20, 240)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What a user takes away: features in a file, a map, neighbours, the encoder in a line, and a backbone of one's own."""
+import itertools
 import shutil
 import subprocess
 import sys
@@ -260,6 +261,20 @@ def test_told(monkeypatch, capsys):
     assert list(linear_probe.told(things(100, 3), 100, "steps")) == list(range(100))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[0].startswith("steps: 3 of 100, ") and all("s left" in line for line in lines)
+
+
+@pytest.mark.parametrize("said, long", [
+    ("evaluations of the loss in one fit", lambda images: linear_probe.fit(
+        torch.randn(50, 8), torch.arange(50) % 5, 5, 1e-5)),
+    ("images for the whitened pixels", linear_probe.WhitenedPixels),
+])
+def test_within_one_long_fit(monkeypatch, capsys, said, long):
+    """Where there is only one thing to wait for."""
+    ticks = itertools.count()
+    monkeypatch.setattr(linear_probe.time, "perf_counter", lambda: 100.0 * next(ticks))
+    long(Images(torch.randint(256, (2000, 3, 4, 4), dtype=torch.uint8), None, CPU, workers=0, in_memory=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 1 and all(said in line and line.endswith(" s left") for line in lines)
 
 
 def test_every_file_says_its_licence():

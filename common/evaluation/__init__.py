@@ -10,8 +10,8 @@ It may be a run of any script: METHOD.py, beside common/, offers what is special
                             and parameters by depth. keep_data(state), if there: takes from a trained encoder's state
                             what is data, not learnt.
     build_generator(args)   if there: a model of images, untrained, with tokens(RGB), images(tokens), log_prob(tokens)
-                            (N,) in nats, sample(n, temperature, top_k, given, rows, generator) of tokens, blocks() by
-                            depth, and logits(tokens), which runs them. Raises Refusal where the run trained none.
+                            (N,) in nats, sample(n, temperature, top_k, given, rows, generator) of tokens, and
+                            logits(tokens). Raises Refusal where the run trained none.
 """
 from .. import cli
 from . import runs

@@ -5,6 +5,13 @@ from torch import nn
 
 from .. import linear_probe, pictures
 from ..run import write_file
+from ..transformer import Block
+
+
+def blocks_of(model):
+    """{name: module} of a model's embeddings and transformer blocks, by depth."""
+    return {f"{name}, {module.axis}" if isinstance(module, Block) else name: module
+            for name, module in model.named_modules() if isinstance(module, (nn.Embedding, Block))}
 
 
 class Blocks(nn.Module):
@@ -13,7 +20,7 @@ class Blocks(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model, self.outputs = model, {}
-        for name, block in model.blocks().items():
+        for name, block in blocks_of(model).items():
             block.register_forward_hook(
                 lambda _, __, out, name=name: self.outputs.__setitem__(name, out.float().mean(dim=(1, 2))))
 
@@ -24,7 +31,7 @@ class Blocks(nn.Module):
 
 def probe(images, model, path, autocast):
     """{block: accuracy} of linear probes, printed and drawn as the picture `path`."""
-    blocks, names = Blocks(model), list(model.blocks())
+    blocks, names = Blocks(model), list(blocks_of(model))
     train_x, test_x = (linear_probe.features(blocks, part, autocast, batch_size=128).chunk(len(names), dim=1)
                        for part in (images.labelled, images.test))
     accuracy = {name: linear_probe.linear_probe(a, images.labelled.labels, b, images.test.labels)
