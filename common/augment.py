@@ -59,7 +59,8 @@ def where(mask, operation, *parameters):
     images: the others cost nothing."""
     def replace(x, index, *parameters):
         index = index.long()
-        return x.index_copy_(0, index, operation(x[index], *parameters))
+        x[index] = operation(x[index], *parameters)
+        return x
     index = mask.nonzero()[:, 0]                                              # on the CPU: no wait for the device
     return [(replace, index, *(p[index] for p in parameters))] if len(index) else []
 

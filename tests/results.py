@@ -6,11 +6,13 @@
     python tests/results.py --pictures SIMCLR_RUN GCRL_RUN          # the picture at the top of the README, of two runs
 
 Trains and evaluates every row, one after the other or --jobs at a time, in --out. What is there is not done again, and
-what was stopped goes on. What a row gave goes to tests/results/BUDGET/ROW-SEED.json, the tables to
-tests/results/BUDGET.md and tests/results/claims.md. With --data-dir the images are a folder's (DIR/train/CLASS/*,
+what was stopped goes on. What a row gave goes to tests/results/BUDGET/ROW-SEED.json, and is not measured again where
+its run is gone: delete the file for that. The tables go to tests/results/BUDGET.md and tests/results/claims.md; that of
+the claims has all that were ever measured. With --data-dir the images are a folder's (DIR/train/CLASS/*,
 DIR/test/CLASS/*), else CIFAR-10 is downloaded.
 """
 import argparse
+import contextlib
 import hashlib
 import importlib
 import json
@@ -219,6 +221,10 @@ def measure(words, data, seed, folder, kept, evaluation):
     """
     place, log = data[data.index("--data-dir") + 1] if "--data-dir" in data else "DIR", folder.with_suffix(".log")
     words = [*words, *data, "--seed", str(seed), "--out", str(folder)]
+    command = shlex.join(["python", *words[:-2]]).replace(place, "DIR")
+    row = json.loads(kept.read_text()) if kept.exists() and not folder.exists() else {}
+    if row.get("command") == command and (row["evaluation"] or not evaluation):
+        return row
     started = (folder / "args.json").exists()
     if started:
         check(words, folder)
@@ -227,8 +233,9 @@ def measure(words, data, seed, folder, kept, evaluation):
     if evaluation and not (folder / "evaluation.json").exists():
         run(["-m", "common.evaluation", str(folder), *evaluation], log)
     about = json.loads((folder / "args.json").read_text())
-    judged = json.loads((folder / "evaluation.json").read_text()) if evaluation else {}
-    row = {"command": shlex.join(["python", *words[:-2]]).replace(place, "DIR"), **about, "argv": None,
+    judged = folder / "evaluation.json"
+    judged = json.loads(judged.read_text()) if judged.exists() else {}
+    row = {"command": command, **about, "argv": None,
            "result": json.loads((folder / "result.json").read_text()), "evaluation": next(iter(judged.values()), {}),
            "log": [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]}
     row["settings"] |= {"data_dir": "DIR", "out": None}
@@ -243,6 +250,11 @@ def measure(words, data, seed, folder, kept, evaluation):
     print(f"{time.strftime('%H:%M')} {row['command']}: linear {100 * row['result']['linear']['trained']:.1f}",
           flush=True)
     return row
+
+
+def key_of(arm):
+    """The name of the command's files."""
+    return hashlib.sha1((arm if isinstance(arm, str) else arm[0]).encode()).hexdigest()[:10]
 
 
 def slug(text):
@@ -307,13 +319,23 @@ def ood_table(found, others):
     return markdown(lines) if found and others else None
 
 
+def read_claims(folder):
+    """All rows that are kept in `folder`, and {claim: {arm: [value of each seed]}} where all of its arms are there."""
+    rows, values = {}, {}
+    for path in sorted(folder.glob("*.json")):
+        rows.setdefault(path.stem.split("-")[0], []).append(json.loads(path.read_text()))
+    for name, (_, arms, _) in CLAIMS.items():
+        with contextlib.suppress(KeyError):
+            values[name] = {arm: [measure_of(how)[1](row) for row in rows[key_of(how)]] for arm, how in arms.items()}
+    return sum(rows.values(), []), values
+
+
 def claims_table(claims):
-    """Markdown of {name: {arm: [what `measure` returned for each seed]}}: the claims with their arms and verdicts."""
+    """Markdown of {claim: {arm: [value of each seed]}}: the claims with their arms and verdicts."""
     lines = [["claim", "arms", "verdict"]]
-    for name, found in claims.items():
+    for name, values in claims.items():
         sentence, arms, comparisons = CLAIMS[name]
-        values = {arm: [measure_of(arms[arm])[1](row) for row in rows] for arm, rows in found.items()}
-        text = "; ".join(f"{arm} {cell(rows, *measure_of(arms[arm])[1:])}" for arm, rows in found.items())
+        text = "; ".join(f"{arm} {cell(values[arm], float, measure_of(arms[arm])[2])}" for arm in arms)
         lines.append([f"{sentence} [`{name}`]", text, f"**{verdict(values, arms, comparisons)}**"])
     return markdown(lines)
 
@@ -387,7 +409,7 @@ def main(argv=None):
         for arm in (arm for claim in chosen for arm in CLAIMS[claim][1].values()):
             command, more = (arm, "") if isinstance(arm, str) else arm
             commands[command] = FINETUNE if more in ("finetuned", "scratch") else commands.get(command, [])
-        keys = {command: hashlib.sha1(command.encode()).hexdigest()[:10] for command in commands}
+        keys = {command: key_of(command) for command in commands}
     else:
         commands = {f"{ROWS[row]} {BUDGETS[args.budget]}": evaluation for row in args.rows}
         keys = {f"{ROWS[row]} {BUDGETS[args.budget]}": slug(row) for row in args.rows}
@@ -400,15 +422,15 @@ def main(argv=None):
         return measure(shlex.split(command), data, seed, out / key, RESULTS / name / f"{key}.json", commands[command])
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(jobs, pool.map(lambda each: job(*each), jobs)))
-    rows = {command: [found[command, seed] for seed in seeds] for command in commands}
     if claims:
-        text = claims_table({claim: {arm: rows[command if isinstance(command, str) else command[0]]
-                                     for arm, command in CLAIMS[claim][1].items()} for claim in chosen})
+        rows, values = read_claims(RESULTS / name)
+        text = claims_table(values)
     else:
-        found = {row: rows[f"{ROWS[row]} {BUDGETS[args.budget]}"] for row in args.rows}
+        rows = list(found.values())
+        found = {row: [found[f"{ROWS[row]} {BUDGETS[args.budget]}", seed] for seed in seeds] for row in args.rows}
         tables = [methods_table(found, [str(share) for share in args.labels]), ood_table(found, others)]
         text = "\n\n".join(filter(None, tables))
-    text = f"{text}\n\n{machine(sum(rows.values(), []))}\n"
+    text = f"{text}\n\n{machine(rows)}\n"
     (RESULTS / f"{name}.md").write_text(text)
     print(f"\n{text}\nwritten to {RESULTS / f'{name}.md'}")
 

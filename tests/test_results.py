@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,10 @@ def test_measures_once_and_goes_on(in_process, images, tmp_path, monkeypatch):
     again = (tmp_path / "kept" / "small.md").read_text()
     before, after = ([line.split(" | ")[:5] for line in text.splitlines()[2:4]] for text in (table, again))
     assert before == after                                                    # all but time and memory
+    shutil.move(tmp_path / "runs" / "gcrl-hybrid-0", tmp_path / "lost")       # as on another machine
+    results.main(flags)
+    assert len(in_process) == 6 and (tmp_path / "kept" / "small.md").read_text().split("Measured")[0] == \
+        again.split("Measured")[0]
     monkeypatch.setitem(results.ROWS, "SimCLR", f"simclr.py {TINY.replace('--width 2', '--width 4')}")
     with pytest.raises(SystemExit, match="simclr-0 has --width 2, not 4"):
         results.main(flags)
@@ -124,6 +129,8 @@ def test_claims(in_process, images, tmp_path, monkeypatch):
     slow = sorted(row["log"][-1]["loss"] for row in rows if "--lr" not in row["command"])
     assert f"slow {sum(slow) / 2:.3f} ± {(slow[1] - slow[0]) / math.sqrt(2):.3f}" in table
     assert all(text in table for text in ("[`head`]", "; z ", "Measured on: "))
+    results.main(["--claims", "head", "--data-dir", str(images), "--out", str(tmp_path / "runs")])
+    assert (tmp_path / "kept" / "claims.md").read_text() == table             # with those that were measured before
 
 
 def test_pictures(tmp_path, monkeypatch):
