@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
 from . import Refusal, augment, distributed, shapes
+from .linear_probe import told
 
 HOMES = {**dict.fromkeys(("cifar10", "cifar100"), "https://www.cs.toronto.edu/~kriz/cifar.html"),
          "svhn": "http://ufldl.stanford.edu/housenumbers/", "stl10": "https://cs.stanford.edu/~acoates/stl10/",
@@ -36,7 +37,8 @@ class Images:
         pixels = source if torch.is_tensor(source) else None
         if in_memory and pixels is None:
             pixels = torch.empty(len(source), *self.shape, dtype=torch.uint8)
-            for part, batch in zip(pixels.split(256), stream(source, workers)):
+            parts = pixels.split(256)
+            for part, batch in zip(parts, told(stream(source, workers), len(parts), "batches of 256 images decoded")):
                 part.copy_(batch)
         self.pixels = None if pixels is None else pixels.to(device)
 
@@ -131,7 +133,8 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
         parts = [part and (Decoder(part[0], image_size, channels), part[1]) for part in found]
         items, labels = found[0] or found[1]
         if name == "folder" and store_size:
-            sizes = torch.cat(list(stream(Decoder(items, read=upright_size), workers)))
+            sizes = stream(Decoder(items, read=upright_size), workers)
+            sizes = torch.cat(list(told(sizes, -(-len(items) // 256), "headers of 256 images read")))
             side, aspect = max(image_size, min(store_size, int(sizes.max()))), (sizes[:, 0] / sizes[:, 1]).float()
             if side > image_size or (aspect != 1).any():
                 whole = Decoder(items, side, channels, functools.partial(to_pixels, squash=True))

@@ -243,12 +243,13 @@ def table(results, method):
 
 
 def told(things, n, what):
-    """Yields the n things. Where that takes longer than ten seconds it prints how far it is, then and each minute."""
-    start = time.perf_counter()
+    """Yields the n things. Where that takes longer than ten seconds the first process prints how far it is, then and
+    each minute."""
+    start, first = time.perf_counter(), not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     line_at = start + 10
     for i, thing in enumerate(things):
         now = time.perf_counter()
-        if i and now > line_at:
+        if first and i and now > line_at:
             print(f"{what}: {i:,} of {n:,}, {(now - start) / i * (n - i):,.0f} s left", flush=True)
             line_at = now + 60
         yield thing

@@ -171,7 +171,8 @@ def test_encoder_takes_rgb_and_concatenates(views, folders, channels):
     h, z = model.eval()(x)
     count = len(model.encoder.nets)
     assert h.shape == (2, 32 * count) == (2, model.encoder.feature_dim) and z.shape == (2, count, 5)
-    parts = [net(v) for net, v in zip(model.encoder.nets, cmc.split(x, views))]
+    parts = [net(v.contiguous(memory_format=torch.channels_last))
+             for net, v in zip(model.encoder.nets, cmc.split(x, views))]
     assert torch.allclose(model.encoder(x), torch.cat(parts, dim=1)) and torch.allclose(h, model.encoder(x))
     assert torch.allclose(z.norm(dim=2), torch.ones(2, count))
 

@@ -118,3 +118,14 @@ def test_unknown_stem(arch):
     """A stem that does not exist is an error that names it."""
     with pytest.raises(ValueError, match="patches"):
         getattr(resnet, arch)(stem="patches")
+
+
+def test_narrow_networks():
+    """Their shortcuts stride over pixels, at any size, to what a convolution with stride 2 gives; wide ones do not."""
+    wide, narrow = resnet.resnet18("cifar", 8), resnet.resnet18("cifar", 4)
+    assert sum(isinstance(module, resnet.NarrowShortcut) for module in wide.modules()) == 0
+    shortcut, = (module for module in narrow.modules() if isinstance(module, resnet.NarrowShortcut))
+    assert shortcut is narrow.layer2[0].downsample[0]
+    for size in (7, 8):
+        x = torch.rand(2, 4, size, size)
+        assert torch.allclose(shortcut(x), nn.functional.conv2d(x, shortcut.weight, stride=2), atol=1e-6)

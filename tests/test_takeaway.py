@@ -14,7 +14,7 @@ from PIL import Image
 
 import common.evaluation
 from common import Refusal, cli, linear_probe
-from common.data import Data, Images, to_pixels
+from common.data import Data, Decoder, Images, to_pixels
 from common.evaluation import __main__ as evaluate
 from common.evaluation import features, runs
 
@@ -267,6 +267,7 @@ def test_told(monkeypatch, capsys):
     ("evaluations of the loss in one fit", lambda images: linear_probe.fit(
         torch.randn(50, 8), torch.arange(50) % 5, 5, 1e-5)),
     ("images for the whitened pixels", linear_probe.WhitenedPixels),
+    ("images decoded", lambda images: Images(Decoder([Image.new("RGB", (4, 4))] * 1000, 4), None, CPU, 0, True)),
 ])
 def test_within_one_long_fit(monkeypatch, capsys, said, long):
     """Where there is only one thing to wait for."""
