@@ -2,6 +2,7 @@
 """Training in several processes (torchrun): the results are those of one process with the whole batch."""
 import datetime
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,13 @@ def start(device):
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank_and_world()
+
+
+def end():
+    """Leaves the processes, as NCCL wants all to do at one time; nothing in a plain run."""
+    if dist.is_initialized():
+        time.sleep(0.2)  # in torch 2.4 it would wait for ever for a thread of gloo that is just ending an operation
+        dist.destroy_process_group()
 
 
 def rank_and_world():

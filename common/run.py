@@ -211,8 +211,8 @@ class Run:
         if failed and self.rank == 0 and not self.resumed and not self.saved() and not self.history:
             (self.folder / "args.json").unlink(missing_ok=True)               # a new run that came to nothing
             self.folder.rmdir()
-        if not failed and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()                         # NCCL wants all to do it at one time
+        if not failed:
+            distributed.end()
 
     def stop_requested(self):
         return distributed.any_process(self.signal is not None)
