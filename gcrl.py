@@ -9,8 +9,7 @@ augmented view, and z1 and z2 are their normalised projections:
     L_c = -1/2N sum_i ( log e^(z1_i.z2_i/tau) / (sum_{j!=i} e^(z1_i.z1_j/tau) + sum_j e^(z1_i.z2_j/tau))
                       + log e^(z2_i.z1_i/tau) / (sum_{j!=i} e^(z2_i.z2_j/tau) + sum_j e^(z2_i.z1_j/tau)) )
 
-The encoder's output, averaged over the positions, is the feature. The decoder predicts each token from the encoder's
-output for the rows above, and from the tokens to the left.
+The feature is the encoder's output, averaged over the positions.
 
     python gcrl.py                                          # embedded data, two minutes on two cores
     python gcrl.py --dataset cifar10 --alpha 1 --beta 1     # hybrid; --beta 0: generative; --alpha 0: contrastive
@@ -18,9 +17,6 @@ output for the rows above, and from the tokens to the left.
 
 Differences from the paper: --alpha weighs L_g / (D - 1), the mean over the predicted tokens, so that both losses are a
 few nats (--alpha D-1 is the equation to the letter); widths, depths, temperature, weak view and schedule are ours.
-
-Measured, linear / kNN: `shapes` over three seeds 45.5 +- 1.8 / 20.2 +- 2.1 (untrained 22.3 / 11.5); `--dataset cifar10
---small`, one seed, 50.8 / 46.8 (36.2 / 31.1), 1.583 nats per token.
 """
 import math
 import sys
