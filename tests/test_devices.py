@@ -19,7 +19,7 @@ import gcrl
 import moco
 import mutations
 import simclr
-from common import augment, data
+from common import augment, data, pictures
 from common.evaluation import __main__ as evaluation
 from common.progress import Progress
 from simulated_device import Device, device_of
@@ -251,6 +251,17 @@ def test_evaluation(kind, script, copied, images, monkeypatch):
                          "--neighbours", next((images / "test").glob("*/*"))])
     assert {"linear", "knn", "labels", "finetune", "ood", *(name[2:] for name in blocks)} <= result.keys()
     assert Path("features.npz").exists() and (run / "map.png").exists() and (run / "nearest.png").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_of_neighbours_among_the_queries_themselves(kind, here, monkeypatch):
+    """The picture of a run without labels."""
+    with simulated(kind, monkeypatch):
+        device = torch.device(KINDS[kind][0])
+        images = data.Images(torch.arange(6 * 3 * 8 * 8).view(6, 3, 8, 8).to(torch.uint8), None, device, 0, True)
+        features = torch.eye(6, device=device)
+        pictures.neighbours("nearest.png", images, features, images, features, n=3, k=2)
+    assert Path("nearest.png").exists()
 
 
 def test_readmes_weights_load_without_the_device_that_trained_them():
