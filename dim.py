@@ -305,8 +305,8 @@ def bounded(scores, clip):
 
 def random_views(x, rng, size, count, aspect=None):
     """x uint8 (N, 3, S, S) to (count N, 3, S, S) in [0, 1]. One view is the image itself; two share the flip only, and
-    are else AMDIM's (appendix, CIFAR; from 64 pixels on with a crop in place of the shift). aspect: (N,), width /
-    height of photographs squashed to these squares, where views are crops."""
+    are else AMDIM's (appendix, CIFAR; from 64 pixels on a crop in place of the shift, from 128 on less hue). aspect:
+    (N,), width / height of photographs squashed to these squares, where views are crops."""
     if count == 1:
         return x.float() / 255
     n, views = len(x), []
@@ -316,7 +316,7 @@ def random_views(x, rng, size, count, aspect=None):
             steps = augment.random_resized_crop(rng, x.shape, size, (0.3, 1.0), aspect, ratio=(0.7, 1.4))
         else:
             steps = augment.random_shift(rng, n, reach=size // 8, p=0.8)
-        steps += augment.random_color_jitter(rng, n, 0.4, 0.4, 0.4, 0.2, p=0.8)
+        steps += augment.random_color_jitter(rng, n, 0.4, 0.4, 0.4, 0.2 if size < 128 else 0.1, p=0.8)
         views.append(augment.apply(x, flip + steps + augment.random_grayscale(rng, n, p=0.25)))
     return torch.cat(views)
 

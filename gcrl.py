@@ -16,7 +16,7 @@ The feature is the encoder's output, averaged over the positions.
     python gcrl.py --sample RUN --temperature 0.9           # draws from a saved run
 
 Differences from the paper: --alpha weighs L_g / (D - 1), the mean over the predicted tokens, so that both losses are a
-few nats (--alpha D-1 is the equation to the letter); widths, depths, temperature, weak view and schedule are ours.
+few nats (--alpha D-1 is the equation to the letter); network, tau, weak view, schedule and iGPT's 32 x 32 are ours.
 """
 import math
 import sys
@@ -319,7 +319,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = build_encoder(args, GCRL)
     model.set_palette(palette, first_pixels)
-    model, encoder = model.to(device), build_encoder(args).to(device)
+    model, encoder = model.to(device), build_encoder(args)
     encoder.load_state_dict(model.state_dict(), strict=False, assign=True)    # the same tensors: it trains along
     for part in (model.decoder, model.decoder_norm, model.to_logits):
         part.requires_grad_(generate)                                         # if not, no loss trains it

@@ -18,10 +18,10 @@ What is kept, and probed, is f_q without its head.
     python moco.py                                          # embedded data, two minutes on two cores
     python moco.py --dataset cifar10                        # ResNet-18, 200 epochs
 
-Differences from the papers: batch norm works on --bn-groups parts, and keys are shuffled, on one device as on many; a
-query's own vector in the memory bank is no negative; the bank begins as the untrained encoder's output (Wu et al.: at
-random), and nce's Z is estimated on each batch (Wu et al.: on the first ones; on `shapes` the loss then rises to
-hundreds); --symmetric averages both directions (MoCo's CIFAR demo: the sum); inputs in [0, 1] are not normalised.
+Differences from the papers: batch norm in --bn-groups and shuffled keys work on one device, too; a query's own vector
+in the memory bank is no negative; its views are flipped (Wu et al.: not); it begins as the untrained encoder's output
+(Wu et al.: at random), and nce's Z is estimated on each batch (Wu et al.: on the first; on `shapes` the loss then rises
+to hundreds); --symmetric averages both directions (MoCo's CIFAR demo: the sum); inputs are not normalised.
 
 Measured, linear / kNN: `shapes` over three seeds queue 66.8 / 51.8, memory bank 59.6 / 45.4, end-to-end 73.9 / 59.4
 (untrained 30.8 / 15.8), a minute on a core of an EPYC; `--dataset cifar10 --small` 60.7 / 58.8 (37.5 / 33.0).

@@ -12,7 +12,8 @@ The loss is the mean over the 2N views. What is kept, and probed, is h.
     torchrun --nproc-per-node 4 simclr.py --dataset cifar10 # ResNet-18, 200 epochs; on one GPU without torchrun
 
 Sources of the defaults: cifar10 is dkobak/simclr-cifar10's (SGD, 0.03 for 256 images, decay 5e-4, crops of 0.2: 90.9 %
-linear after 1,000 epochs of batch 1,024); folder is the paper's for ImageNet (LARS, section 2.2; tau 0.1, table 5);
+linear after 1,000 epochs of batch 1,024), but for greys of 0.2 and a hidden layer as wide as h, which are the paper's
+(theirs: 0.1, and 1,024 wide); folder is the paper's for ImageNet (LARS, section 2.2; tau 0.1, table 5);
 --optimizer lars brings the authors' rate for CIFAR-10.
 
 Differences from the paper: a head of two layers without batch norm (the authors' code: three with it, --head mlp-bn,

@@ -299,6 +299,16 @@ def test_views():
         4, 3, 128, 128)
 
 
+@pytest.mark.parametrize("size, hue", [(32, 0.2), (64, 0.2), (128, 0.1)])
+def test_hue_is_turned_less_in_large_images(size, hue, monkeypatch):
+    """AMDIM's own views: of CIFAR-10 at 32 and of STL-10 at 64 pixels by 0.2, of ImageNet at 128 by 0.1."""
+    turns, jitter = [], augment.random_color_jitter
+    monkeypatch.setattr(augment, "random_color_jitter", lambda rng, n, *strengths, p: (
+        turns.append(strengths[3]), jitter(rng, n, *strengths, p=p))[1])
+    dim.random_views(torch.zeros(2, 3, size, size, dtype=torch.uint8), augment.Random(0), size, 2)
+    assert turns == [hue, hue]
+
+
 @pytest.mark.parametrize("flags, named", [
     ("--objective multiscale --image-size 48", "--image-size"), ("--objective multiscale --views 1", "--views"),
     ("--objective multiscale --image-size 96", "--image-size"), ("--objective multiscale --units 63", "--units"),
