@@ -7,8 +7,8 @@
 
 Trains and evaluates every row, one after the other or --jobs at a time, in --out. What is there is not done again, and
 what was stopped goes on. What a row gave goes to tests/results/BUDGET/ROW-SEED.json, and is not measured again where
-its run is gone: delete the file for that. The tables go to tests/results/BUDGET.md and tests/results/claims.md; that of
-the claims has all that were ever measured. With --data-dir the images are a folder's (DIR/train/CLASS/*,
+its run is gone: delete the file for that. The tables, tests/results/BUDGET.md and claims.md, have all that was ever
+measured. With --data-dir the images are a folder's (DIR/train/CLASS/*,
 DIR/test/CLASS/*), else CIFAR-10 is downloaded.
 """
 import argparse
@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import json
 import math
+import re
 import shlex
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ RESULTS = ROOT / "tests" / "results"
 sys.path.insert(0, str(ROOT))                                                 # for the scripts' arguments
 BUDGETS = {  # flags of every row
     "shapes": "--dataset shapes",
+    "shapes-float32": "--dataset shapes --amp off",
     "small": "--small",
     "gpu": "--epochs 100",
     "gpu-200": "--epochs 200",
@@ -203,21 +205,29 @@ def check(words, folder):
             sys.exit(f"results.py: {folder} has {flag} {told[name]}, not {wanted[name]}: name another --out")
 
 
-def run(words, log):
-    """python with these words, its output added to the file `log`."""
+def run(words, log, rounds=1, patience=150):
+    """python with these words, its output added to the file `log`. Where it takes more than `patience` seconds, prints
+    how long it goes on, by its own estimate, and how long so many rounds of runs like it would take."""
     with open(log, "a") as file:
         file.write(f"$ python {shlex.join(words)}\n")
         file.flush()
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode:
+        with subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) as program:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                program.wait(patience)
+            left = re.findall(r"(?:(\d+):)?(\d+):(\d\d) left", log.read_text())
+            if left and program.poll() is None:
+                seconds = patience + sum(int(n or 0) * unit for n, unit in zip(left[-1], (3600, 60, 1)))
+                print(f"{log.stem} takes about {seconds / 3600:.1f} hours, all runs, if they are alike, "
+                      f"{rounds * seconds / 3600:.0f}", flush=True)
+    if program.returncode:
         sys.exit(f"results.py: python {shlex.join(words)} failed, see {log}")
 
 
-def measure(words, data, seed, folder, kept, evaluation):
+def measure(words, data, seed, folder, kept, evaluation, rounds):
     """Trains by a command and evaluates with these flags, as far as that is not done. Writes what there is to know
     about the row to the file `kept`, and returns it.
 
-    words: of a command. data: [flags of the data set].
+    words: of a command. data: [flags of the data set]. rounds: of runs, of which this is one.
     """
     place, log = data[data.index("--data-dir") + 1] if "--data-dir" in data else "DIR", folder.with_suffix(".log")
     words = [*words, *data, "--seed", str(seed), "--out", str(folder)]
@@ -229,7 +239,7 @@ def measure(words, data, seed, folder, kept, evaluation):
     if started:
         check(words, folder)
     if not (folder / "result.json").exists():
-        run([words[0], "--resume", str(folder)] if started else words, log)
+        run([words[0], "--resume", str(folder)] if started else words, log, rounds)
     if evaluation and not (folder / "evaluation.json").exists():
         run(["-m", "common.evaluation", str(folder), *evaluation], log)
     about = json.loads((folder / "args.json").read_text())
@@ -239,6 +249,8 @@ def measure(words, data, seed, folder, kept, evaluation):
            "result": json.loads((folder / "result.json").read_text()), "evaluation": next(iter(judged.values()), {}),
            "log": [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]}
     row["settings"] |= {"data_dir": "DIR", "out": None}
+    ood = row["evaluation"].get("ood", {})
+    row["evaluation"] |= {"ood": {"/".join(Path(other).parts[-2:]): ood[other] for other in ood}} if ood else {}
     for table in ("labels", "finetune"):                                      # which images were drawn is long
         for entry in row["evaluation"].get(table, {}).values():
             entry.pop("draws", None)
@@ -286,37 +298,47 @@ def machine(rows):
     return f"Measured on: {'; '.join(told)}; commits {', '.join(sorted({row['commit'] for row in rows}))}."
 
 
-def methods_table(found, shares):
-    """Markdown of {row: [what `measure` returned for each seed]}."""
-    def accuracy(measure, kind):
-        return lambda row: 100 * row["result"][measure][kind]
-
-    def few(share, kind):
-        return lambda row: 100 * row["evaluation"]["labels"][share][kind]["mean"]
-    lines = [["", "linear", "kNN", *(f"{100 * float(share):g} % of labels" for share in shares), "untrained, linear",
-              "nats per token", "minutes", "GB", "published, in another setting"]]
-    first = next(iter(found.values()))
-    for title, rows, kind in [("whitened pixels", first, "pixels"), *((row, rows, "trained")
-                                                                     for row, rows in found.items())]:
-        line = [title, *(cell(rows, accuracy(measure, kind)) for measure in ("linear", "knn")),
-                *(cell(rows, few(share, kind)) for share in shares)]
-        more = [cell(rows, accuracy("linear", "untrained")), cell(rows, lambda row: row["result"]["nats"], 3),
-                cell(rows, lambda row: row["result"]["seconds"] / 60, 1),
-                cell(rows, lambda row: row["result"]["peak_memory"] / 1e9), PUBLISHED.get(title, "")]
-        lines.append(line + (more if kind == "trained" else [""] * len(more)))
+def methods_table(found):
+    """Markdown of {row: [what `measure` returned for each seed]}: linear probe / kNN, of each share of the labels the
+    linear probe."""
+    def pair(rows, kind):
+        return " / ".join(cell(rows, lambda row: 100 * row["result"][measure][kind]) for measure in ("linear", "knn"))
+    shares = sorted({share for rows in found.values() for row in rows for share in row["evaluation"].get("labels", {})})
+    lines = [["", "whitened pixels", "untrained", "trained", *(f"{100 * float(share):g} % of labels"
+                                                               for share in shares),
+              "seeds", "minutes", "GB", "published, in another setting"]]
+    for title, rows in found.items():
+        first = rows[0]["result"]
+        others = [kind for kind in first["linear"] if kind not in ("pixels", "untrained", "trained")]
+        trained = "; ".join([pair(rows, "trained"), *(f"{kind} {pair(rows, kind)}" for kind in others)])
+        if "nats" in first:
+            trained += f"; {cell(rows, lambda row: row['result']['nats'], 3)} nats per token"
+        lines.append([title, pair(rows, "pixels"), pair(rows, "untrained"), trained,
+                      *(cell(rows, lambda row: 100 * row["evaluation"]["labels"][share]["trained"]["mean"])
+                        for share in shares), str(len(rows)),
+                      cell(rows, lambda row: row["result"]["seconds"] / 60),
+                      cell(rows, lambda row: row["result"]["peak_memory"] / 1e9), PUBLISHED.get(title, "")])
     return markdown(lines)
 
 
-def ood_table(found, others):
+def ood_table(found):
     """Markdown: how well SimCLR and GCRL tell other images from their own, by each score; None without such rows."""
     found = {row: rows for row, rows in found.items() if row == "SimCLR" or row.startswith("GCRL")}
+    others = sorted({other for rows in found.values() for row in rows for other in row["evaluation"].get("ood", {})})
     lines = [["", *found]]
     for other in others:
         for score in SCORES:
-            lines.append([f"AUROC, {'/'.join(Path(other).parts[-2:])}: {score}"] + [
+            lines.append([f"AUROC, {other}: {score}"] + [
                 cell(rows, lambda row: 100 * row["evaluation"]["ood"][other][score]["auroc"])
                 for rows in found.values()])
-    return markdown(lines) if found and others else None
+    return markdown(lines) if others else None
+
+
+def read_rows(folder):
+    """{row: [what is kept of each seed in `folder`]}."""
+    kept = {row: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{slug(row)}-[0-9]*.json"))]
+            for row in ROWS}
+    return {row: rows for row, rows in kept.items() if rows}
 
 
 def read_claims(folder):
@@ -395,7 +417,7 @@ def main(argv=None):
     name, seeds = args.budget or "claims", range(args.seeds or 1 + claims)
     out = (args.out or ROOT / "runs" / f"results-{name}").resolve()
     out.mkdir(parents=True, exist_ok=True)
-    data = [] if args.budget == "shapes" else ["--dataset", "cifar10", "--data-dir", str(ROOT / "data")]
+    data = [] if name.startswith("shapes") else ["--dataset", "cifar10", "--data-dir", str(ROOT / "data")]
     if args.data_dir:
         folder = args.data_dir.resolve()
         data = ["--dataset", "folder", "--data-dir", str(subset(folder, out / "images") if claims else folder)]
@@ -419,17 +441,17 @@ def main(argv=None):
 
     def job(command, seed):
         key = f"{keys[command]}-{seed}"
-        return measure(shlex.split(command), data, seed, out / key, RESULTS / name / f"{key}.json", commands[command])
+        return measure(shlex.split(command), data, seed, out / key, RESULTS / name / f"{key}.json", commands[command],
+                       rounds=-(-len(jobs) // args.jobs))
     with ThreadPoolExecutor(args.jobs) as pool:
-        found = dict(zip(jobs, pool.map(lambda each: job(*each), jobs)))
+        list(pool.map(lambda each: job(*each), jobs))                         # raises what a job raised
     if claims:
         rows, values = read_claims(RESULTS / name)
         text = claims_table(values)
     else:
-        rows = list(found.values())
-        found = {row: [found[f"{ROWS[row]} {BUDGETS[args.budget]}", seed] for seed in seeds] for row in args.rows}
-        tables = [methods_table(found, [str(share) for share in args.labels]), ood_table(found, others)]
-        text = "\n\n".join(filter(None, tables))
+        found = read_rows(RESULTS / name)
+        rows = sum(found.values(), [])
+        text = "\n\n".join(filter(None, [methods_table(found), ood_table(found)]))
     text = f"{text}\n\n{machine(rows)}\n"
     (RESULTS / f"{name}.md").write_text(text)
     print(f"\n{text}\nwritten to {RESULTS / f'{name}.md'}")

@@ -24,10 +24,11 @@ TINY = "--image-size 16 --width 2 --stem cifar --epochs 1 --batch-size 16 --work
 @pytest.mark.parametrize("row", results.ROWS)
 def test_rows_are_commands(row, budget):
     """Each is accepted by its script, and is the script's default but for the choices that make the row."""
-    data = [] if budget == "shapes" else ["--dataset", "cifar10"]
+    shapes = budget.startswith("shapes")
+    data = [] if shapes else ["--dataset", "cifar10"]
     script, *flags = shlex.split(f"{results.ROWS[row]} {results.BUDGETS[budget]}")
     args = importlib.import_module(script.removesuffix(".py")).arguments([*flags, *data])
-    assert args.dataset == ("shapes" if budget == "shapes" else "cifar10") and args.small == (budget == "small")
+    assert args.dataset == ("shapes" if shapes else "cifar10") and args.small == (budget == "small")
     assert args.epochs == {"gpu": 100, "gpu-200": 200}.get(budget, args.epochs)
 
 
@@ -66,7 +67,7 @@ def in_process(monkeypatch, tmp_path):
     """What results.py would start as a program runs here; a list of the commands. Its files go to tmp_path / "kept"."""
     done = []
 
-    def run(words, log):
+    def run(words, log, rounds=1):
         done.append(words)
         module = "common.evaluation.__main__" if words[0] == "-m" else words[0].removesuffix(".py")
         importlib.import_module(module).main(words[2:] if words[0] == "-m" else words[1:])
@@ -92,7 +93,8 @@ def test_measures_once_and_goes_on(in_process, images, tmp_path, monkeypatch):
     assert str(tmp_path) not in json.dumps(row) and row["log"][0]["epoch"] == 1 and row["settings"]["width"] == 8
     table = (tmp_path / "kept" / "small.md").read_text()
     line = next(line for line in table.splitlines() if line.startswith("| GCRL, hybrid |")).split(" | ")
-    assert line[1] == f"{100 * row['result']['linear']['trained']:.1f}" and line[5] == f"{row['result']['nats']:.3f}"
+    linear, knn = (100 * row["result"][measure]["trained"] for measure in ("linear", "knn"))
+    assert line[3] == f"{linear:.1f} / {knn:.1f}; {row['result']['nats']:.3f} nats per token"
     auroc = row["evaluation"]["ood"]["patterns"]["likelihood, no labels"]["auroc"]
     assert f"| AUROC, patterns: likelihood, no labels |  | {100 * auroc:.1f} |" in table
 
@@ -103,6 +105,8 @@ def test_measures_once_and_goes_on(in_process, images, tmp_path, monkeypatch):
     again = (tmp_path / "kept" / "small.md").read_text()
     before, after = ([line.split(" | ")[:5] for line in text.splitlines()[2:4]] for text in (table, again))
     assert before == after                                                    # all but time and memory
+    results.main([*flags[:-2], "SimCLR"])                                     # the table has the other rows, too
+    assert "GCRL, hybrid" in (tmp_path / "kept" / "small.md").read_text() and len(in_process) == 6
     shutil.move(tmp_path / "runs" / "gcrl-hybrid-0", tmp_path / "lost")       # as on another machine
     results.main(flags)
     assert len(in_process) == 6 and (tmp_path / "kept" / "small.md").read_text().split("Measured")[0] == \
@@ -110,6 +114,17 @@ def test_measures_once_and_goes_on(in_process, images, tmp_path, monkeypatch):
     monkeypatch.setitem(results.ROWS, "SimCLR", f"simclr.py {TINY.replace('--width 2', '--width 4')}")
     with pytest.raises(SystemExit, match="simclr-0 has --width 2, not 4"):
         results.main(flags)
+
+
+def test_says_how_long_all_takes(tmp_path, capsys):
+    """By the run's own estimate, after a while; a run that fails names its log."""
+    program = "import time; print('epoch 1/9  12 images/s  2:59:59 left', flush=True); time.sleep(3)"
+    results.run(["-c", program], tmp_path / "simclr-0.log", rounds=5, patience=1)
+    assert capsys.readouterr().out == "simclr-0 takes about 3.0 hours, all runs, if they are alike, 15\n"
+    results.run(["-c", "print('9:59 left')"], tmp_path / "short.log", rounds=5, patience=10)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit, match="failed, see .*bad.log"):
+        results.run(["-c", "1 / 0"], tmp_path / "bad.log")
 
 
 def test_claims(in_process, images, tmp_path, monkeypatch):
