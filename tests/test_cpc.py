@@ -144,6 +144,53 @@ def test_share_of_patches_with_one_channel():
         assert (dropped == 2).float().mean().item() == pytest.approx(share, abs=0.1)
 
 
+def test_warp_by_loops():
+    """Every pixel is that at the sheared and shifted place, interpolated; outside lies the nearest pixel."""
+    s, points = 8, 4
+    x, shear, bend = torch.rand(3, 2, s, s), 0.6 * torch.rand(3, 2) - 0.3, 0.6 * torch.rand(3, 2, points, points) - 0.3
+    shear[1], bend[2] = 0, 0
+    y = cpc.warp(x, shear, bend)
+
+    def interpolated(plane, row, column):
+        """Of a plane (H, W), at a place in pixels, which may lie outside."""
+        height, width = plane.shape
+        row, column = min(max(row, 0), height - 1), min(max(column, 0), width - 1)
+        r, c = min(int(row), height - 2), min(int(column), width - 2)
+        a, b = row - r, column - c
+        return (1 - a) * ((1 - b) * plane[r, c] + b * plane[r, c + 1]) + a * (
+            (1 - b) * plane[r + 1, c] + b * plane[r + 1, c + 1])
+    for i in range(3):
+        for row in range(s):
+            for column in range(s):
+                u, v = (2 * column + 1) / s - 1, (2 * row + 1) / s - 1        # of the pixel, in half sides
+                point = row / (s - 1) * (points - 1), column / (s - 1) * (points - 1)
+                across = u + shear[i, 0] * v + interpolated(bend[i, 0], *point)
+                down = v + shear[i, 1] * u + interpolated(bend[i, 1], *point)
+                for channel in range(2):
+                    value = interpolated(x[i, channel], ((down + 1) * s - 1) / 2, ((across + 1) * s - 1) / 2)
+                    assert y[i, channel, row, column].item() == pytest.approx(value.item(), abs=1e-5)
+    torch.testing.assert_close(cpc.warp(x, 0 * shear, 0 * bend), x, rtol=0, atol=1e-6)
+
+
+def test_share_of_patches_that_are_warped():
+    """A fifth is sheared, a fifth bent, by up to 0.3."""
+    (_, index, shear, bend), = cpc.random_warp(augment.Random(0), 5000)
+    sheared, bent = shear.any(dim=1), bend.flatten(1).any(dim=1)
+    assert [sheared.sum() / 5000, bent.sum() / 5000] == pytest.approx([0.2, 0.2], abs=0.02)
+    assert len(index) / 5000 == pytest.approx(0.36, abs=0.03)
+    for values in (shear[sheared], bend[bent]):
+        assert -0.3 <= values.min() < -0.29 and 0.29 < values.max() < 0.3 and values.mean().abs() < 0.01
+
+
+def test_tones():
+    """A tenth of the patches inverted, a tenth of 8 levels, a tenth with light tones inverted, and only by v2."""
+    ramp = torch.linspace(0, 1, 12).view(1, 1, 3, 4).expand(1, 3, 3, 4)
+    inverted, posterized, solarized = (change(ramp) for change in cpc.TONES)
+    torch.testing.assert_close(inverted, 1 - ramp)
+    assert len(posterized.unique()) == 8 and (posterized - ramp).abs().max() <= 1 / 8
+    torch.testing.assert_close(solarized, torch.minimum(ramp, 1 - ramp))
+
+
 def test_drop_colours_by_value():
     x = torch.rand(3, 3, 2, 2)
     y = cpc.drop_colours(x, torch.tensor([0, 2, 1]))
