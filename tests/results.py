@@ -53,7 +53,7 @@ SCORES = ("probability, of the probe", "Mahalanobis, of class means", "Mahalanob
           "kNN distance, no labels", "likelihood, no labels", "likelihood less complexity")
 PUBLISHED = {  # linear accuracy that others report, on CIFAR-10 but where it says otherwise
     "SimCLR": "85.6 (ResNet-18, batch 512, 100 epochs: dkobak/simclr-cifar10)",
-    "MoCo, queue": "kNN 82.6 (200 epochs: MoCo's CIFAR demo)",
+    "MoCo, queue": "kNN 82.6 (of the head's output, 200 epochs: MoCo's CIFAR demo)",
     "CMC, Y and CbCr": "75.8 (100 classes of ImageNet, softmax)",
     "CPC": "84.5 (8 px patches, batch 64, 1000 epochs: lightning-bolts)",
     "DIM, local": "75.6 (infoNCE, its own encoder, MLP on fc; table 1)",
