@@ -223,7 +223,7 @@ def parameter_groups(model, weight_decay):
 
 DEFAULTS = [  # of a run that makes these choices, where they differ from those below
     (dict(optimizer="lars"), dict(lr=1.0, weight_decay=1e-4, warmup=0.05)),                   # theirs for CIFAR-10
-    (dict(dataset="shapes"), dict(image_size=16, width=16, epochs=25, batch_size=128, crop_min=0.4, lr=0.2, tau=0.2,
+    (dict(dataset="shapes"), dict(image_size=16, width=16, epochs=25, batch_size=64, crop_min=0.4, lr=0.2, tau=0.2,
                                   weight_decay=1e-4, warmup=0.05)),
     (dict(dataset="stl10"), dict(image_size=96)),
     (dict(dataset="fashionmnist"), dict(image_size=28)),
