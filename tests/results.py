@@ -49,6 +49,7 @@ ROWS = {  # the choices that make the row; all else is the script's default for 
     "GCRL, generative": "gcrl.py --alpha 1 --beta 0", "GCRL, contrastive": "gcrl.py --alpha 0 --beta 1",
     "GCRL, hybrid": "gcrl.py --alpha 1 --beta 1",
 }
+LONGER = {"SimCLR, width 32": "simclr.py --width 32 --epochs 26"}  # of --budget small alone
 SCORES = ("probability, of the probe", "Mahalanobis, of class means", "Mahalanobis, no labels",
           "kNN distance, no labels", "likelihood, no labels", "likelihood less complexity")
 PUBLISHED = {  # linear accuracy that others report, on CIFAR-10 but where it says otherwise
@@ -337,7 +338,7 @@ def ood_table(found):
 def read_rows(folder):
     """{row: [what is kept of each seed in `folder`]}."""
     kept = {row: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{slug(row)}-[0-9]*.json"))]
-            for row in ROWS}
+            for row in (*ROWS, *LONGER)}
     return {row: rows for row, rows in kept.items() if rows}
 
 
@@ -403,7 +404,7 @@ def main(argv=None):
     add("--seeds", type=int, default=None, help="runs of each row (default: 1, of claims 2)")
     add("--labels", nargs="*", type=float, default=[0.01, 0.1], help="shares of the labels to probe with, too")
     add("--ood", nargs="*", default=[], help="data sets or folders to tell from it")
-    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="these rows alone")
+    add("--rows", nargs="+", choices=(*ROWS, *LONGER), default=list(ROWS), metavar="ROW", help="these rows alone")
     add("--jobs", type=int, default=1, help="rows at a time; give each its cores with OMP_NUM_THREADS")
     add("--out", type=Path, default=None, help="folder of the runs; by default runs/results-BUDGET beside the scripts")
     args = parser.parse_args(argv)
@@ -433,8 +434,10 @@ def main(argv=None):
             commands[command] = FINETUNE if more in ("finetuned", "scratch") else commands.get(command, [])
         keys = {command: key_of(command) for command in commands}
     else:
-        commands = {f"{ROWS[row]} {BUDGETS[args.budget]}": evaluation for row in args.rows}
-        keys = {f"{ROWS[row]} {BUDGETS[args.budget]}": slug(row) for row in args.rows}
+        if args.budget != "small" and not LONGER.keys().isdisjoint(args.rows):
+            parser.error(f"--rows {', '.join(LONGER)} goes with --budget small")
+        keys = {f"{(ROWS | LONGER)[row]} {BUDGETS[args.budget]}": slug(row) for row in args.rows}
+        commands = dict.fromkeys(keys, evaluation)
 
     jobs = [(command, seed) for command in commands for seed in seeds]
     print(f"{len(jobs)} runs, {args.jobs} at a time, in {out}", flush=True)
