@@ -22,7 +22,7 @@ at random) and Z is estimated anew on each batch (paper: on the first alone, whi
 on `shapes` nothing is learnt: 19.0 linear, untrained 18.7); an image's own vector is no negative; a cosine schedule
 (paper: steps); inputs in [0, 1] without normalisation.
 
-Measured, linear / kNN: `shapes` 53.9 / 35.8 over three seeds (untrained 22.5 / 11.9), 42 to 58 s on a core of an EPYC;
+Measured, linear / kNN: `shapes` 52.0 / 34.8 over three seeds (untrained 22.5 / 11.8), 45 to 50 s on a core of a Xeon;
 `--dataset cifar10 --small` 50.3 / 47.0 (39.8 / 33.6), 32 min.
 """
 import functools

@@ -19,9 +19,9 @@ Differences from the papers: the first row that is predicted is the first that s
 k = 1); of AutoAugment's operations v2's patches get three, each to a tenth (v2: two of sixteen), and 0.2 of them lose
 two channels (v2: all, --colour-drop 1); a ResNet-50 (v2: ResNet-161); Adam with a cosine; inputs not normalised.
 
-Measured, linear probe / kNN: `shapes` 57.5 +- 10.2 / 28.5 over three seeds, contexts 67.9 / 29.5 (untrained 22.6 /
-14.7), 39 to 50 s on one core of an AMD EPYC; `--dataset cifar10 --small` 50.0 / 43.6, contexts 58.0 / 45.9 (35.8 /
-33.4), 37 min.
+Measured, linear probe / kNN: `shapes` 58.2 +- 3.4 / 25.7 over three seeds, contexts 64.0 / 27.4 (untrained 22.7 /
+14.6), 37 to 48 s on one core of a Xeon; `--dataset cifar10 --small`, without shear, elastic deformation and tones, 50.0
+/ 43.6, contexts 58.0 / 45.9 (35.8 / 33.4), 37 min.
 """
 import functools
 import math
@@ -263,7 +263,7 @@ def arguments(argv):
     # Batch norm ties the patches of an image together, so that a context can know what it shall predict (v2).
     add("--norm", choices=("layer", "batch", "none"), default="layer", help="in the encoder; v1: none, v2: layer")
     add("--augmentation", choices=("v1", "v2"), default="v2",
-        help="of each patch alone; v1: small shifts (its images were also grey), v2: flips, colours, dropped channels")
+        help="of each patch alone; v1: small shifts (and grey images), v2: flips, warps, colours, dropped channels")
     number("--colour-drop", 0.2, "[0, 1]", "share of the patches that keep one of three channels, of --augmentation v2 "
         "(paper: 1)")
     number("--crop-min", 0.5, "(0, 1]", "least share of the area that a crop keeps")

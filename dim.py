@@ -26,8 +26,8 @@ Differences from the papers: the learning rate warms up and falls by a cosine (D
 [0, 1] are not normalised; DIM's scores are divided by sqrt(D), without which `shapes` gives 38.3 in place of 48.6; the
 global T is an MLP of a convolutional summary, where the authors copy the encoder's layers.
 
-Measured, linear / kNN: `shapes` over three seeds, local, two views, 50.0 / 30.2 (untrained 27.3 / 18.2), AMDIM 68.6 /
-44.9 (33.8 / 16.9); `--dataset cifar10 --small` 58.9 / 54.3 (41.9 / 31.2), AMDIM 63.6 / 62.8 (31.2 / 28.3).
+Measured, linear / kNN: `shapes` over three seeds, local, two views, 49.9 / 30.1 (untrained 27.7 / 18.2), AMDIM 65.2 /
+44.0 (33.7 / 16.9); `--dataset cifar10 --small` 58.9 / 54.3 (41.9 / 31.2), AMDIM 63.6 / 62.8 (31.2 / 28.3).
 """
 import math
 

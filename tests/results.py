@@ -299,15 +299,15 @@ def machine(rows):
     return f"Measured on: {'; '.join(told)}; commits {', '.join(sorted({row['commit'] for row in rows}))}."
 
 
-def methods_table(found):
+def methods_table(found, published):
     """Markdown of {row: [what `measure` returned for each seed]}: linear probe / kNN, of each share of the labels the
-    linear probe."""
+    linear probe. published: {row: what others report}."""
     def pair(rows, kind):
         return " / ".join(cell(rows, lambda row: 100 * row["result"][measure][kind]) for measure in ("linear", "knn"))
     shares = sorted({share for rows in found.values() for row in rows for share in row["evaluation"].get("labels", {})})
     lines = [["", "whitened pixels", "untrained", "trained", *(f"{100 * float(share):g} % of labels"
                                                                for share in shares),
-              "seeds", "minutes", "GB", "published, in another setting"]]
+              "seeds", "minutes", "GB", *["published, in another setting"] * bool(published)]]
     for title, rows in found.items():
         first = rows[0]["result"]
         others = [kind for kind in first["linear"] if kind not in ("pixels", "untrained", "trained")]
@@ -318,7 +318,8 @@ def methods_table(found):
                       *(cell(rows, lambda row: 100 * row["evaluation"]["labels"][share]["trained"]["mean"])
                         for share in shares), str(len(rows)),
                       cell(rows, lambda row: row["result"]["seconds"] / 60),
-                      cell(rows, lambda row: row["result"]["peak_memory"] / 1e9), PUBLISHED.get(title, "")])
+                      cell(rows, lambda row: row["result"]["peak_memory"] / 1e9),
+                      *[published.get(title, "")] * bool(published)])
     return markdown(lines)
 
 
@@ -452,9 +453,9 @@ def main(argv=None):
         rows, values = read_claims(RESULTS / name)
         text = claims_table(values)
     else:
-        found = read_rows(RESULTS / name)
+        found, published = read_rows(RESULTS / name), PUBLISHED if name.startswith("gpu") else {}
         rows = sum(found.values(), [])
-        text = "\n\n".join(filter(None, [methods_table(found), ood_table(found)]))
+        text = "\n\n".join(filter(None, [methods_table(found, published), ood_table(found)]))
     text = f"{text}\n\n{machine(rows)}\n"
     (RESULTS / f"{name}.md").write_text(text)
     print(f"\n{text}\nwritten to {RESULTS / f'{name}.md'}")
