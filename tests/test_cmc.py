@@ -2,8 +2,10 @@
 """CMC's colour spaces against published values, its losses against their equations, its banks by value."""
 import contextlib
 import functools
+import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -305,3 +307,19 @@ def test_the_first_loss_is_near_chance(contrast, entries):
     loss = model.loss(z, index, torch.arange(300, 300 + m), cmc.pairs_of("full", 2), contrast, tau).item()
     chance = 2 * (math.log(1 + m) + (m * math.log1p(1 / m) if contrast == "nce" else 0))
     assert loss == pytest.approx(chance, rel=0.3)
+
+
+def test_steps_of_the_rate():
+    """A tenth at epochs 120, 160 and 200 of 240, by default but in the short recipes; a warm-up goes with the cosine."""
+    factors = [cmc.step_decay(epoch, 240) for epoch in (0, 119, 120, 159, 160, 199, 200, 239)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    flags = {"steps": ["--dataset", "cifar10"], "cosine": ["--dataset", "cifar10", "--small"]}
+    assert all(cmc.arguments(words).schedule == schedule for schedule, words in flags.items())
+    with pytest.raises(Refusal, match="--warmup means nothing to --schedule steps"):
+        cmc.arguments(["--dataset", "cifar10", "--warmup", "0.1"])
+
+
+def test_the_rate_falls_in_steps(tiny, here):
+    cmc.main(tiny("cmc", "--schedule", "steps", "--epochs", 6, "--out", "run"))
+    rates = [json.loads(line)["lr"] for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [rate / rates[0] for rate in rates] == pytest.approx([1, 1, 1, 0.1, 0.01, 0.001])
