@@ -104,7 +104,7 @@ def test_nothing_is_made_before_training(script, here, tiny, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    more = {"cmc": ("--dictionary", "memory-bank")}.get(script.__name__, ())
+    more = {"cmc": ("--dictionary", "memory-bank", "--schedule", "cosine")}.get(script.__name__, ())
     places = [(script.Run, "data"), (script, "cosine"), (script.Run, "progress")]
     places += [(script, name) for name in ("fit_palette", "fill_banks") if hasattr(script, name)]
     for place, name in places:
