@@ -204,7 +204,7 @@ def nce(q, k, negatives, tau, images, own=None):
 
 
 def step_decay(step, steps):
-    """The paper's schedule: a factor of 1, and a tenth less after 120, 160 and 200 of 240 epochs."""
+    """The paper's schedule: a factor of 1, divided by 10 after 120, 160 and 200 of 240 epochs."""
     return 0.1 ** sum(240 * step >= epoch * steps for epoch in (120, 160, 200))
 
 

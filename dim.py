@@ -28,7 +28,7 @@ global T is an MLP of a convolutional summary, where the authors copy the encode
 
 Measured, linear / kNN: `shapes` over three seeds, local, two views, 49.9 / 30.1 (untrained 27.7 / 18.2), AMDIM 65.2 /
 44.0 (33.7 / 16.9); `--dataset cifar10 --small` 58.9 / 54.3 (41.9 / 31.2), AMDIM 63.6 / 62.8 (31.2 / 28.3). One view is
-enough there, but not on `shapes` (20.3, untrained 25.1), whose light and ground tell images apart without the figure.
+enough there, but not on `shapes` (20.3, untrained 25.1).
 """
 import math
 

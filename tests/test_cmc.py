@@ -310,7 +310,7 @@ def test_the_first_loss_is_near_chance(contrast, entries):
 
 
 def test_steps_of_the_rate():
-    """A tenth at epochs 120, 160 and 200 of 240, by default but in the short recipes; a warm-up goes with the cosine."""
+    """A tenth at epochs 120, 160 and 200 of 240, the default but of short recipes; warm-up goes with the cosine."""
     factors = [cmc.step_decay(epoch, 240) for epoch in (0, 119, 120, 159, 160, 199, 200, 239)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
     flags = {"steps": ["--dataset", "cifar10"], "cosine": ["--dataset", "cifar10", "--small"]}
