@@ -49,7 +49,10 @@ ROWS = {  # the choices that make the row; all else is the script's default for 
     "GCRL, generative": "gcrl.py --alpha 1 --beta 0", "GCRL, contrastive": "gcrl.py --alpha 0 --beta 1",
     "GCRL, hybrid": "gcrl.py --alpha 1 --beta 1",
 }
-LONGER = {"SimCLR, width 32": "simclr.py --width 32 --epochs 26"}  # of --budget small alone
+LONGER = {  # of --budget small alone
+    "SimCLR, width 32": "simclr.py --width 32 --epochs 26",
+    "CMC, L and ab, memory bank, NCE": "cmc.py --contrast nce --dictionary memory-bank --schedule steps --epochs 30",
+}
 SCORES = ("probability, of the probe", "Mahalanobis, of class means", "Mahalanobis, no labels",
           "kNN distance, no labels", "likelihood, no labels", "likelihood less complexity")
 PUBLISHED = {  # linear accuracy that others report, on CIFAR-10 but where it says otherwise
