@@ -69,6 +69,7 @@ PUBLISHED = {  # linear accuracy that others report, on CIFAR-10 but where it sa
 
 SMALL = "--small --image-size 16 --width 8 --epochs 10 --batch-size 128"
 SIMCLR, MOCO = f"simclr.py {SMALL}", f"moco.py {SMALL} --negatives 1024"
+END_TO_END, FROZEN = f"moco.py {SMALL} --dictionary end-to-end", (0, 3, 5)
 CPC = "cpc.py --small --image-size 16 --patch 8 --stride 4 --steps 2 --width 8 --epochs 10"
 DIM, AMDIM = f"dim.py {SMALL}", "dim.py --objective multiscale --small --width 8 --units 128 --epochs 4"
 CMC, BANK = f"cmc.py {SMALL} --width 4 --dictionary end-to-end", f"moco.py {SMALL} --dictionary memory-bank"
@@ -116,11 +117,13 @@ CLAIMS = {  # name: (sentence, {arm: command, or (command, row of its table), or
     "negatives": (
         "More negatives learn more, in the queue as in the memory bank (MoCo, figure 3)",
         {"queue of 128": f"{MOCO} --negatives 128", "queue of 2048": f"{MOCO} --negatives 2048",
-         "bank, 128 drawn": f"{BANK} --negatives 128", "bank, all": f"{BANK} --negatives 0"},
-        [("queue of 2048", MORE, "queue of 128"), ("bank, all", MORE, "bank, 128 drawn")]),
+         "bank, 128 drawn": f"{BANK} --negatives 128", "bank, all": f"{BANK} --negatives 0",
+         "end-to-end, 64": f"{END_TO_END} --batch-size 64", "end-to-end, 256": f"{END_TO_END} --batch-size 256"},
+        [("queue of 2048", MORE, "queue of 128"), ("bank, all", MORE, "bank, 128 drawn"),
+         ("end-to-end, 256", MORE, "end-to-end, 64")]),
     "momentum": (
         "A slowly moving key encoder is better than one that is copied each step (MoCo, section 4.1)",
-        {"m = 0": f"{MOCO} --m 0", "m = 0.9": f"{MOCO} --m 0.9", "m = 0.99": MOCO},
+        {"m = 0": f"{MOCO} --m 0", "m = 0.5": f"{MOCO} --m 0.5", "m = 0.9": f"{MOCO} --m 0.9", "m = 0.99": MOCO},
         [("m = 0.99", MORE, "m = 0"), ("m = 0.9", MORE, "m = 0")]),
     "shuffling": (
         "Without shuffling, batch norm leaks: the loss falls and the features suffer (MoCo, appendix A.9)",
@@ -156,11 +159,15 @@ CLAIMS = {  # name: (sentence, {arm: command, or (command, row of its table), or
         [("contrastive", NOT_MORE, "hybrid"), ("hybrid, nats", NOT_MORE, "generative, nats")]),
     "few-labels": (
         "With 1 % of the labels a fine-tuned encoder is better than the same network from scratch (SimCLR, table 7)",
-        {"pre-trained": (f"{SIMCLR} --augmentations crop flip colour grey", "finetuned"),
-         "from scratch": (f"{SIMCLR} --augmentations crop flip colour grey", "scratch")},
+        {"pre-trained": (SIMCLR, "finetuned, 0 frozen"), "from scratch": (SIMCLR, "scratch, 0 frozen")},
         [("pre-trained", MORE, "from scratch")]),
+    "frozen": (
+        "First layers are general: with few labels they may stay frozen, the last may not (Yosinski et al. 2014)",
+        {f"{n} of 5 stages frozen": (SIMCLR, f"finetuned, {n} frozen") for n in FROZEN},
+        [("0 of 5 stages frozen", NOT_MORE, "3 of 5 stages frozen"),
+         ("3 of 5 stages frozen", MORE, "5 of 5 stages frozen")]),
 }
-FINETUNE = ["--labels", "0.01", "--finetune", "--draws", "3"]
+FINETUNE = ["--labels", "0.01", "--finetune", "--draws", "3", "--frozen-stages", *map(str, FROZEN)]
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold here", "cannot be told"
 
 
@@ -191,8 +198,9 @@ def measure_of(arm):
         return "loss", lambda row: row["log"][-1]["loss"], 3
     if name == "nats":
         return "nats", lambda row: row["result"]["nats"], 3
-    if name in ("finetuned", "scratch"):
-        return "accuracy", lambda row: 100 * row["evaluation"]["finetune"]["0.01, 0 frozen"][name]["mean"], 1
+    if name.endswith("frozen"):
+        what, stages = name.split(", ")
+        return "accuracy", lambda row: 100 * row["evaluation"]["finetune"][f"0.01, {stages}"][what]["mean"], 1
     return "accuracy", lambda row: 100 * row["result"]["linear"][name], 1
 
 
@@ -435,7 +443,7 @@ def main(argv=None):
         commands = {}
         for arm in (arm for claim in chosen for arm in CLAIMS[claim][1].values()):
             command, more = (arm, "") if isinstance(arm, str) else arm
-            commands[command] = FINETUNE if more in ("finetuned", "scratch") else commands.get(command, [])
+            commands[command] = FINETUNE if more.endswith("frozen") else commands.get(command, [])
         keys = {command: key_of(command) for command in commands}
     else:
         if args.budget != "small" and not LONGER.keys().isdisjoint(args.rows):

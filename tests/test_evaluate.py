@@ -242,7 +242,7 @@ def test_autocast_leaves_the_tokens():
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--finetune", "--frozen-stages", 9], "--frozen-stages"), (["--frozen-stages", 1], "without --finetune"),
+    (["--finetune", "--frozen-stages", 0, 9], "--frozen-stages 9"), (["--frozen-stages", 1], "without --finetune"),
     (["--epochs", 5], "without --finetune"), (["--draws", 2], "without --labels"), (["--draws", 0], "--draws"),
     (["--blocks"], "--blocks"), (["--ood", "nowhere"], "--ood nowhere"),
     (["--ood", "cifar11"], "--ood cifar11"), (["--labels", 2], "--labels"), (["--dataset", "mnist"], "--dataset")])
@@ -284,9 +284,13 @@ def test_results_are_added(here, finished):
     judge(here / "run", "--ood", "patterns", "--labels", 0.5)
     result = judge(here / "run", "--ood", "shapes", "--labels", 0.2)
     assert result["ood"].keys() == {"patterns", "shapes"} and result["labels"].keys() == {"0.5", "0.2"}
-    for frozen in (0, 5):                                                     # a sweep over what is frozen
-        result = judge(here / "run", "--finetune", "--frozen-stages", frozen, "--epochs", 1)
-    assert [swept["frozen_weights"] for swept in result["finetune"].values()] == [0, 1]
+    result = judge(here / "run", "--finetune", "--frozen-stages", 0, 3, "--epochs", 1, "--labels", 0.5, "--draws", 2)
+    both = list(result["finetune"].values())                                  # a sweep over what is frozen
+    alone = judge(here / "run", "--finetune", "--frozen-stages", 5, 3, "--epochs", 1, "--labels", 0.5, "--draws", 2)
+    assert alone["finetune"]["0.5, 3 frozen"] == both[1] and both[0]["scratch"] == both[1]["scratch"]
+    assert [swept["frozen_stages"] for swept in alone["finetune"].values()] == [0, 3, 5]
+    assert both[0]["frozen_weights"] == 0 < both[1]["frozen_weights"] < 1
+    assert alone["finetune"]["0.5, 5 frozen"]["frozen_weights"] == 1
     (here / "run" / "evaluation.json").write_text("{")
     with pytest.raises(Refusal, match="evaluation.json is damaged"):
         judge(here / "run")

@@ -23,7 +23,8 @@ def arguments(argv):
            metavar="SHARE", kind=float)
     number("--draws", 5, "[1, inf)", "draws of labels for each share")
     add("--finetune", action="store_true", help="fine-tune the encoder on the labels, beside the same from scratch")
-    number("--frozen-stages", 0, "[0, inf)", "first stages that --finetune leaves as they are")
+    number("--frozen-stages", [0], "[0, inf)", "how many of the first stages --finetune leaves as they are, or several "
+        "numbers to try in turn", nargs="+", metavar="N", kind=int)
     number("--epochs", None, "[1, inf)", "passes of --finetune over the labelled images, twice as many from scratch "
         "(default: 60 where a hundredth of the labels or less is used, else 30)", kind=int)
     add("--ood", nargs="+", metavar="D", help="data sets, or folders of images, to tell from the run's own")
@@ -53,8 +54,8 @@ def main(argv=None):
     amp = cli.pick_amp(args.amp, device)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     settings, encoder = runs.load_encoder(args.run, device)
-    if args.frozen_stages > (n := len(few_labels.stages(encoder))):
-        raise Refusal(f"--frozen-stages {args.frozen_stages} is more than the encoder has, {n}")
+    if max(args.frozen_stages) > (n := len(few_labels.stages(encoder))):
+        raise Refusal(f"--frozen-stages {max(args.frozen_stages)} is more than the encoder has, {n}")
     generator = runs.load_generator(args.run, device, needed=False) if args.ood or args.blocks else None
     if args.blocks and generator is None:
         raise Refusal(f"--blocks needs a generator, and {args.run} has none")

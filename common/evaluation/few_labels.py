@@ -103,19 +103,29 @@ def probe(images, x, shares, draws):
 
 
 def compare_finetuning(images, encoder, untrained, shares, draws, frozen_stages, epochs, amp):
-    """{"share, n frozen": `compare` "finetuned" and, by the same recipe but for twice as long, from "scratch"}."""
+    """{"share, n frozen": `compare` "finetuned" and, by the same recipe but for twice as long, from "scratch"} for each
+    n of the list frozen_stages."""
     weights = [sum(p.numel() for part in stage for p in ([part] if torch.is_tensor(part) else part.parameters()))
                for stage in stages(encoder)]
-    frozen = sum(weights[:frozen_stages]) / sum(weights)
     passes = {str(share): epochs or (60 if share <= 0.01 else 30) for share in shares}
-    print(f"\nfine-tuned, {frozen_stages} of {len(weights)} stages frozen ({100 * frozen:.0f} % of the weights), "
-          f"beside the same network trained from scratch")
+    labels, scratch, found = images.labelled.labels, {}, {}                   # scratch: by draw, the same for each n
 
-    def score(row, share, index, seed):
-        start, n_frozen, longer = (encoder, frozen_stages, 1) if row == "finetuned" else (untrained, 0, 2)
+    def train(start, n_frozen, longer, share, index, seed):
         steps = max(1, round(longer * passes[str(share)] * len(index) / BATCH_SIZE))
         return finetune(copy.deepcopy(start), images.labelled, index, images.test, n_frozen, amp, steps, seed=seed)
-    labels = images.labelled.labels
-    found = compare("fine-tuning, share of labels", ["finetuned", "scratch"], labels, shares, draws, score)
-    return {f"{share}, {frozen_stages} frozen": {**values, "frozen_stages": frozen_stages, "frozen_weights": frozen,
-                                                 "epochs": passes[share]} for share, values in found.items()}
+
+    def score(row, share, index, seed):
+        if row == "finetuned":
+            return train(encoder, n, 1, share, index, seed)
+        if (share, seed) not in scratch:
+            scratch[share, seed] = train(untrained, 0, 2, share, index, seed)
+        return scratch[share, seed]
+    for n in frozen_stages:
+        frozen = sum(weights[:n]) / sum(weights)
+        print(f"\nfine-tuned, {n} of {len(weights)} stages frozen ({100 * frozen:.0f} % of the weights), beside the "
+              f"same network trained from scratch")
+        for share, values in compare("fine-tuning, share of labels", ["finetuned", "scratch"], labels, shares, draws,
+                                     score).items():
+            found[f"{share}, {n} frozen"] = {**values, "frozen_stages": n, "frozen_weights": frozen,
+                                             "epochs": passes[share]}
+    return found
