@@ -8,7 +8,7 @@
 Trains and evaluates every row, one after the other or --jobs at a time, in --out. What is there is not done again, and
 what was stopped goes on. What a row gave goes to tests/results/BUDGET/ROW-SEED.json, and is not measured again where
 its run is gone: delete the file for that. The tables, tests/results/BUDGET.md and claims.md, have all that was ever
-measured. With --data-dir the images are a folder's (DIR/train/CLASS/*,
+measured, and so has BUDGET.png, the curves of kNN. With --data-dir the images are a folder's (DIR/train/CLASS/*,
 DIR/test/CLASS/*), else CIFAR-10 is downloaded.
 """
 import argparse
@@ -30,7 +30,10 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "results"
-sys.path.insert(0, str(ROOT))                                                 # for the scripts' arguments
+sys.path.insert(0, str(ROOT))                                                 # of the scripts, and common
+
+from common import pictures
+
 BUDGETS = {  # flags of every row
     "shapes": "--dataset shapes",
     "shapes-float32": "--dataset shapes --amp off",
@@ -375,6 +378,22 @@ def claims_table(claims):
     return markdown(lines)
 
 
+def curves(found, path):
+    """A PNG with a panel for each row: its kNN in training, over the minutes, the mean of its seeds where all have
+    one."""
+    panels = []
+    for title, rows in found.items():
+        points = []
+        for epoch, entries in enumerate(zip(*(row["log"] for row in rows)), 1):
+            if all("knn" in entry for entry in entries):
+                seconds = statistics.mean(sum(entry["seconds"] for entry in row["log"][:epoch]) for row in rows)
+                points.append((seconds / 60, 100 * statistics.mean(entry["knn"] for entry in entries)))
+        if points:
+            panels.append((f"{title}: kNN, %, over minutes", points, {}))
+    if panels:
+        pictures.plot(path, *panels, height=150)
+
+
 def overview(simclr, gcrl, path, height=330, gap=12):
     """One PNG of two runs' pictures, side by side: views, nearest neighbours, the curve, and samples."""
     names = [simclr / "views.png", simclr / "neighbours.png", simclr / "curve.png", gcrl / "samples.png"]
@@ -467,6 +486,7 @@ def main(argv=None):
         found, published = read_rows(RESULTS / name), PUBLISHED if name.startswith("gpu") else {}
         rows = sum(found.values(), [])
         text = "\n\n".join(filter(None, [methods_table(found, published), ood_table(found)]))
+        curves(found, RESULTS / f"{name}.png")
     text = f"{text}\n\n{machine(rows)}\n"
     (RESULTS / f"{name}.md").write_text(text)
     print(f"\n{text}\nwritten to {RESULTS / f'{name}.md'}")

@@ -101,6 +101,8 @@ def test_measures_once_and_goes_on(in_process, images, tmp_path, monkeypatch):
     assert line[3] == f"{linear:.1f} / {knn:.1f}; {row['result']['nats']:.3f} nats per token"
     auroc = row["evaluation"]["ood"]["patterns"]["likelihood, no labels"]["auroc"]
     assert f"| AUROC, patterns: likelihood, no labels |  | {100 * auroc:.1f} |" in table
+    with Image.open(tmp_path / "kept" / "small.png") as curves:
+        assert curves.size == (640, 2 * 150)                                  # a panel for each row
 
     for name in ("checkpoint.pt", "encoder.pt", "result.json", "evaluation.json"):
         (tmp_path / "runs" / "simclr-0" / name).unlink()
@@ -150,6 +152,17 @@ def test_claims(in_process, images, tmp_path, monkeypatch):
     assert all(text in table for text in ("[`head`]", "; z ", "Measured on: "))
     results.main(["--claims", "head", "--data-dir", str(images), "--out", str(tmp_path / "runs")])
     assert (tmp_path / "kept" / "claims.md").read_text() == table             # with those that were measured before
+
+
+def test_curves(tmp_path, monkeypatch):
+    """The mean over seeds of kNN, where all have one, against the mean of the minutes of training until then."""
+    def row(seconds, *knn):
+        return {"log": [{"seconds": seconds} | ({"knn": x} if x else {}) for x in knn]}
+    drawn = []
+    monkeypatch.setattr(results.pictures, "plot", lambda path, *panels, height: drawn.extend(panels))
+    results.curves({"SimCLR": [row(60, 0.2, None, 0.4), row(120, 0.3, 0.5, 0.6)], "CPC": [row(60, None)]}, tmp_path)
+    (title, points, levels), = drawn
+    assert title.startswith("SimCLR") and sum(points, ()) == pytest.approx((1.5, 25.0, 4.5, 50.0)) and levels == {}
 
 
 def test_pictures(tmp_path, monkeypatch):
