@@ -34,11 +34,14 @@ class Attention(nn.Module):
 
 def explicit_attention(q, k, v, is_causal):
     """scaled_dot_product_attention in matrix products, for the CPU, where its backward over short sequences is
-    slow, in bf16 most of all: tests/bench.py prints by how much."""
+    slow, in bf16 most of all: tests/bench.py prints by how much. Softmax is as slow over rows that do not fill vectors
+    of 16 numbers, so these are filled up."""
+    length = k.shape[2]
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)                      # (B, heads, L, L)
+    scores = F.pad(scores, (0, -length % 16), value=float("-inf"))            # (B, heads, L, P), P a multiple of 16
     if is_causal:
         scores = scores + torch.full_like(scores[0, 0], float("-inf")).triu(1)
-    return scores.softmax(dim=3, dtype=torch.float32).to(v.dtype) @ v
+    return scores.softmax(dim=3, dtype=torch.float32)[..., :length].to(v.dtype) @ v
 
 
 class Block(nn.Module):
