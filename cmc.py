@@ -264,16 +264,14 @@ def arguments(argv):
 
 
 @torch.no_grad()
-def fill_banks(model, images, batch_size, rng, random_view, autocast):
-    """The banks begin as what the untrained encoders say of the images (`data.Images`). From random vectors, as in the
+def fill_banks(model, batches, rng, random_view, autocast):
+    """The banks begin as what the untrained encoders say of the images (`data.Batches`). From random vectors, as in the
     paper, training first learns to keep away from those seen so far, which takes many epochs to unlearn."""
-    starts = [min(start, len(images) - batch_size) for start in range(0, len(images), batch_size)]
-    order = [torch.arange(start, start + batch_size) for start in starts]
-    for index, x in zip(order, images.batches(order)):
-        x = random_view(x, rng, aspect=images.aspect[index])
+    for index, x in batches.every_image():
+        x = random_view(x, rng, aspect=batches.images.aspect[index])
         with autocast:
             z = model(x)[1]
-        model.remember(z, augment.send(index, z.device), 0.0)
+        model.remember(*map(distributed.gather, (z, augment.send(index, z.device))), 0.0)
 
 
 def main(argv=None):
@@ -306,7 +304,7 @@ def main(argv=None):
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     if entries and first_epoch == first_step == 0:
-        fill_banks(model, images.train, args.batch_size, augment.Random(args.seed), random_view, autocast)
+        fill_banks(model, batches, augment.Random(args.seed, rank, world), random_view, autocast)
         run.ready("memory bank", "by the untrained encoders")
     with run:
         for epoch in range(first_epoch, args.epochs):

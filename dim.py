@@ -179,7 +179,7 @@ class DIM(nn.Module):
 
     def forward(self, x, uniform):
         """x (V N, 3, S, S), the V views of each image N rows apart; uniform (V N, dim) draws from [0, 1]. Returns fc
-        (V N, 16 width) and the losses whose weights are not 0: global, local, and the adversary's, log 4 at chance."""
+        (V N, 16 width) and the losses whose weights are not 0: global, local, and of `prior_matching`."""
         out, terms = self.encoder.layers(x), []
         ys = [distributed.gather(y) for y in out["Y"].float().chunk(self.views)]
         maps = [distributed.gather(local) for local in out["local"].float().chunk(self.views)]
@@ -197,7 +197,8 @@ class DIM(nn.Module):
 
     def prior_matching(self, real, fake):
         """real: (M, dim) draws from the uniform distribution, fake: sigmoid(Y). D descends its cross-entropy, log 4 at
-        chance, plus half its squared gradient; the encoder descends the non-saturating loss, -gamma log D(fake)."""
+        chance, plus half its squared gradient; the encoder descends the non-saturating loss, -gamma log D(fake), gamma
+        log 2 at chance."""
         loss = 0.0
         for x, sign in ((real, -1.0), (fake.detach(), 1.0)):
             x = x.requires_grad_()
@@ -412,7 +413,7 @@ def main(argv=None):
         draw = lambda n: rng.uniform(n, 64)                                   # what the adversary shall take Y for
         level = math.log(4) if args.estimator == "jsd" else 0.0
         losses = [("global", args.alpha, args.alpha * level), ("local", args.beta, args.beta * level),
-                  ("prior", args.gamma, math.log(4))]
+                  ("prior", args.gamma, math.log(4) + args.gamma * math.log(2))]
         notes = {name: f"chance {chance:.3f}" for name, weight, chance in losses if weight > 0}
         encoders["trained conv"] = nn.Sequential(encoder.lower, encoder.upper, nn.Flatten())
         encoders["trained Y"] = nn.Sequential(encoder, encoder.y)

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import Refusal, augment, cli, distributed
-from common.linear_probe import told
+from common.linear_probe import counted
 from common.run import Run, cosine
 from common.transformer import Block, init_weights
 
@@ -373,7 +373,7 @@ def main(argv=None):
     if generate and rank == 0:
         with torch.no_grad(), autocast:
             parts = torch.arange(len(held)).split(64)
-            nats = -torch.cat([model.log_prob(model.tokens(x)) for x in told(
+            nats = -torch.cat([model.log_prob(model.tokens(x)) for x in counted(
                 held.batches(parts), len(parts), "batches of 64 likelihoods")]).mean().item() / predicted
         result |= {"nats": nats, "bits": nats / math.log(2)}
         run.say(f"\n{'test' if images.test else 'training'} images: {nats:.3f} nats, {result['bits']:.3f} bits per "

@@ -52,7 +52,7 @@ def view(x, rng, size, crop_min, augmentation, blur, aspect=None):
     steps += augment.random_color_jitter(rng, n, 0.4, 0.4, 0.4, hue, p=share)
     steps += augment.random_grayscale(rng, n, p=0.2)
     if blur > 0:
-        steps += augment.random_gaussian_blur(rng, n, kernel_size=size // 20 * 2 + 1, p=blur)
+        steps += augment.random_gaussian_blur(rng, n, kernel_size=max(3, size // 20 * 2 + 1), p=blur)
     return augment.apply(x, steps + augment.random_horizontal_flip(rng, n))
 
 
@@ -99,7 +99,7 @@ class MoCo(nn.Module):
 
     def __init__(self, encoder, dictionary, entries, m=0.999, bank_m=0.5, dim=128, contrast="infonce"):
         """entries: K keys of the queue, or the training images of the memory bank; end-to-end has no memory.
-        m, bank_m in [0, 1): momentum of the key encoder's weights and of the bank's vectors. contrast: the bank's."""
+        m, bank_m in [0, 1]: momentum of the key encoder's weights and of the bank's vectors. contrast: the bank's."""
         super().__init__()
         self.query, self.dictionary, self.m, self.bank_m, self.contrast = encoder, dictionary, m, bank_m, contrast
         if dictionary == "queue":
@@ -252,7 +252,7 @@ def arguments(argv):
     number("--weight-decay", 5e-4, "[0, inf)", "of all weights (paper: 0.0001)")
     number("--tau", 0.1, "(0, inf)", "temperature of the loss (v1: 0.07, v2: 0.2)")
     args = parser.parse(argv, DEFAULTS)
-    unused = {"queue": ("bank_m", "contrast"), "memory-bank": ("m", "symmetric"),
+    unused = {"queue": ("bank_m", "contrast"), "memory-bank": ("m", "symmetric", "no_shuffle"),
               "end-to-end": ("m", "bank_m", "contrast", "negatives")}[args.dictionary]
     parser.refuse_unused(args, unused, f"--dictionary {args.dictionary}")
     if args.dictionary == "queue" and args.negatives == 0:
@@ -307,7 +307,7 @@ def main(argv=None):
     if bank and first_epoch == first_step == 0:
         # From random vectors training first learns to keep away from those seen so far, which takes long to unlearn.
         fill_rng = augment.Random(args.seed, rank, world)
-        for _, index, x in batches.epoch(0):
+        for index, x in batches.every_image():
             x = random_view(x, fill_rng, aspect=images.train.aspect[index])
             with torch.no_grad(), autocast:
                 q = model.query(x)[1]

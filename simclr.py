@@ -57,7 +57,7 @@ def view(x, rng, size, crop_min, jitter, blur, aspect=None, names=RECIPE):
     if "grey" in names:
         steps += augment.random_grayscale(rng, n, p=0.2)
     if blur > 0:
-        steps += augment.random_gaussian_blur(rng, n, kernel_size=size // 20 * 2 + 1, p=blur)
+        steps += augment.random_gaussian_blur(rng, n, kernel_size=max(3, size // 20 * 2 + 1), p=blur)
     for name in STUDIED:
         if name in names:
             steps += {"cutout": cutout, "rotation": rotation, "noise": noise, "sobel": sobel}[name](rng, n, size)
@@ -223,15 +223,16 @@ def parameter_groups(model, weight_decay):
 # ---- arguments
 
 DEFAULTS = [  # of a run that makes these choices, where they differ from those below
-    (dict(optimizer="lars"), dict(lr=1.0, weight_decay=1e-4, warmup=0.05)),                   # theirs for CIFAR-10
     (dict(dataset="shapes"), dict(image_size=16, width=16, epochs=25, batch_size=64, crop_min=0.4, lr=0.2, tau=0.2,
                                   weight_decay=1e-4, warmup=0.05)),
     (dict(dataset="stl10"), dict(image_size=96)),
     (dict(dataset="fashionmnist"), dict(image_size=28)),
     (dict(dataset="folder"), dict(image_size=224, jitter=1.0, blur=0.5, stem="imagenet", crop_min=0.08, tau=0.1,
-                                  optimizer="lars", lr=0.3, weight_decay=1e-6, warmup=0.05)),
+                                  optimizer="lars", warmup=0.05)),
     (dict(small=True), dict(image_size=32, jitter=0.5, blur=0.0, stem="cifar", width=16, epochs=20, batch_size=256,
                             crop_min=0.2, lr=0.2, tau=0.2, optimizer="sgd", weight_decay=1e-4, warmup=0.05)),
+    (dict(optimizer="lars"), dict(lr=1.0, weight_decay=1e-4, warmup=0.05)),   # the authors' for CIFAR-10
+    (dict(optimizer="lars", dataset="folder"), dict(lr=0.3, weight_decay=1e-6)),              # and for ImageNet
 ]
 
 
@@ -292,11 +293,8 @@ def main(argv=None):
     model = SimCLR(build_encoder(args), dim, head).to(device, memory_format=torch.channels_last)
     net = run.wrap(model)
     peak_lr = args.lr * args.batch_size / 256
-    groups = parameter_groups(model, args.weight_decay)
-    if args.optimizer == "lars":
-        optimizer = LARS(groups, peak_lr)
-    else:
-        optimizer = torch.optim.SGD([{k: v for k, v in g.items() if k != "adapt"} for g in groups], peak_lr, 0.9)
+    kind = LARS if args.optimizer == "lars" else torch.optim.SGD
+    optimizer = kind(parameter_groups(model, args.weight_decay), peak_lr, momentum=0.9)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
     rng = augment.Random(args.seed, rank, world)
@@ -304,11 +302,13 @@ def main(argv=None):
                                     blur=args.blur, names=args.augmentations)
     other_view = functools.partial(random_view, blur=0.0, names=["crop"]) if args.one_branch else random_view
 
-    criterion, chance = {                                                     # chance: of equal z
+    criterion, chance = {                                                     # chance: of equal z, none semi-hard
         "nt-xent": (lambda z1, z2, y: nt_xent(z1, z2, args.tau), math.log(2 * args.batch_size - 1)),
         "logistic": (lambda z1, z2, y: logistic(z1, z2, args.tau, args.semi_hard),
-                     2 * math.log1p(math.exp(-1 / args.tau)) + 1 / args.tau),
-        "margin": (lambda z1, z2, y: margin_triplet(z1, z2, args.margin, args.semi_hard), args.margin),
+                     math.log1p(math.exp(-1 / args.tau)) +
+                     (0 if args.semi_hard else math.log1p(math.exp(-1 / args.tau)) + 1 / args.tau)),
+        "margin": (lambda z1, z2, y: margin_triplet(z1, z2, args.margin, args.semi_hard),
+                   0 if args.semi_hard else args.margin),
         "supervised": (lambda z1, z2, y: F.cross_entropy(torch.cat([z1, z2]), y.repeat(2)),
                        math.log(max(1, len(images.classes))))}[args.loss]
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})

@@ -156,7 +156,7 @@ def gaussian_blur(x, sigma, kernel_size):
     def matrix(size):                                                         # (N, size, size), mirrored taps folded in
         taps = F.pad(torch.eye(size, device=x.device)[None], (half, half), mode="reflect")[0].unfold(1, kernel_size, 1)
         return torch.einsum("nk,kij->nij", kernel, taps.permute(2, 1, 0))     # (K, to, from)
-    return resample(x, matrix(x.shape[2]), matrix(x.shape[3]))
+    return resample(x, matrix(x.shape[2]), matrix(x.shape[3])).clamp_(0, 1)    # weights sum to 1 up to rounding
 
 
 def random_gaussian_blur(rng, n, kernel_size, p):

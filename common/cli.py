@@ -81,10 +81,10 @@ class RunParser(Parser):
     def parse(self, argv, presets, free=()):
         """The settings of a new run, or of the run that --resume names, as a Namespace.
 
-        presets: [(choices, settings)]: a run that has all the choices, say dict(dataset="folder"), takes these
-        settings in place of the flags' defaults. A later entry overrides an earlier one, and a flag that is given all
-        of them. --help shows what would be used. free: settings of this script that decide how fast it runs, not what
-        is computed, so that they may change on --resume. Raises Refusal.
+        presets: [(choices, settings)]: a run that has all the choices, say dict(dataset="folder"), by flags or by
+        entries before, takes these settings in place of the flags' defaults. A later entry overrides an earlier one,
+        and a flag that is given all of them. --help shows what would be used. free: settings of this script that decide
+        how fast it runs, not what is computed, so that they may change on --resume. Raises Refusal.
         """
         settings, absent = vars(self.parse_args([])), object()
 
@@ -112,9 +112,8 @@ class RunParser(Parser):
                     raise Refusal(f"--{name.replace('_', '-')} cannot change on --resume (the run has "
                                   f"{settings[name]}): leave it out, or start a new run")
         else:
-            chosen = settings | given
             for choices, preset in presets:
-                settings |= preset if choices.items() <= chosen.items() else {}
+                settings |= preset if choices.items() <= (settings | given).items() else {}
         self.set_defaults(**settings)
         if given.pop("help", False):
             self.print_help()

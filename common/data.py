@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
 from . import Refusal, augment, distributed, shapes
-from .linear_probe import told
+from .linear_probe import counted
 
 HOMES = {**dict.fromkeys(("cifar10", "cifar100"), "https://www.cs.toronto.edu/~kriz/cifar.html"),
          "svhn": "http://ufldl.stanford.edu/housenumbers/", "stl10": "https://cs.stanford.edu/~acoates/stl10/",
@@ -38,7 +38,8 @@ class Images:
         if in_memory and pixels is None:
             pixels = torch.empty(len(source), *self.shape, dtype=torch.uint8)
             parts = pixels.split(256)
-            for part, batch in zip(parts, told(stream(source, workers), len(parts), "batches of 256 images decoded")):
+            batches = counted(stream(source, workers), len(parts), "batches of 256 images decoded")
+            for part, batch in zip(parts, batches):
                 part.copy_(batch)
         self.pixels = None if pixels is None else pixels.to(device)
 
@@ -75,11 +76,11 @@ class Data(NamedTuple):
 
     def __str__(self):
         """How many images there are, of what size, and where they are kept."""
-        counted = ((self.train, "training images"),
-                   (None if self.labelled is self.centred else self.labelled, "labelled ones"),
-                   (self.test, f"test images of {len(self.classes)} classes"))
+        parts = ((self.train, "training images"),
+                 (None if self.labelled is self.centred else self.labelled, "labelled ones"),
+                 (self.test, f"test images of {len(self.classes)} classes"))
         kept = "decoded as they are needed" if self.train.pixels is None else f"in the memory of {self.train.device}"
-        counts = [f"{len(images):,} {what}" for images, what in counted if images]
+        counts = [f"{len(images):,} {what}" for images, what in parts if images]
         return ", ".join([*counts, "{1} x {2}".format(*self.train.shape), kept])
 
 
@@ -104,12 +105,19 @@ class Batches:
         order = epoch_order(len(self.images), self.batch_size, self.seed, epoch, self.rank, self.world)[first:]
         yield from zip(range(first, len(self)), order, self.images.batches(order))
 
+    def every_image(self):
+        """Yields (index, x) as `epoch` does, of batches that have each image: the last is filled up with others."""
+        order = epoch_order(len(self.images), self.batch_size, self.seed, 0, self.rank, self.world, every=True)
+        yield from zip(order, self.images.batches(order))
 
-def epoch_order(n, batch_size, seed, epoch, rank=0, world=1):
+
+def epoch_order(n, batch_size, seed, epoch, rank=0, world=1, every=False):
     """The epoch's batches of this process, (steps, batch_size // world) indices below n, from (seed, epoch) alone. The
-    images that do not fill a last batch are left out: another epoch's order has them."""
+    images that do not fill a last batch are left out: another epoch's order has them. Or, if every, they are in a last
+    batch that the first images fill up."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order[: n // batch_size * batch_size].view(-1, world, batch_size // world)[:, rank]
+    steps = -(-n // batch_size) if every else n // batch_size
+    return order.repeat(2)[: steps * batch_size].view(-1, world, batch_size // world)[:, rank]
 
 
 def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_size=None):
@@ -134,8 +142,9 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
         items, labels = found[0] or found[1]
         if name == "folder" and store_size:
             sizes = stream(Decoder(items, read=upright_size), workers)
-            sizes = torch.cat(list(told(sizes, -(-len(items) // 256), "headers of 256 images read")))
+            sizes = torch.cat(list(counted(sizes, -(-len(items) // 256), "headers of 256 images read")))
             side, aspect = max(image_size, min(store_size, int(sizes.max()))), (sizes[:, 0] / sizes[:, 1]).float()
+            aspect.clamp_(1 / 8, 8)                                           # thinner crops could miss all pixels
             if side > image_size or (aspect != 1).any():
                 whole = Decoder(items, side, channels, functools.partial(to_pixels, squash=True))
     sources = [part[0] for part in parts if part] + [whole] * (whole is not None)

@@ -28,7 +28,7 @@ def chosen_fit(train_x, train_y, classes):
     order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0)).to(train_x.device)
     held, kept = order.tensor_split([max(1, len(order) // 10)])
     best, weights = (-1.0, None), None
-    for l2 in told(sorted(L2, reverse=True), len(L2) + 1, "fits of the linear probe"):        # each warms the next
+    for l2 in counted(sorted(L2, reverse=True), len(L2) + 1, "fits of the linear probe"):     # each warms the next
         weights = fit(train_x[kept], train_y[kept], classes, l2, weights)
         best = max(best, (score(train_x[held], train_y[held], weights), l2))
     return fit(train_x, train_y, classes, best[1], weights)
@@ -45,7 +45,7 @@ def fit(x, y, classes, l2, start=None):
     weights = torch.zeros(x.shape[1] + 1, classes, device=x.device) if start is None else start.clone()
     weights.requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=100, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
-    steps = told(itertools.count(), 150, "evaluations of the loss in one fit, at most")       # 1.25 max_iter + 25
+    steps = counted(itertools.count(), 150, "evaluations of the loss in one fit, at most")    # 1.25 max_iter + 25
 
     def closure():
         next(steps)
@@ -80,7 +80,7 @@ def mlp(train_x, train_y, test_x, test_y, hidden=200, dropout=0.1, batch_size=25
                                   torch.nn.Dropout(dropout), torch.nn.Linear(hidden, classes)).to(train_x.device)
         optimizer = torch.optim.Adam(net.parameters(), lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in told(range(steps), steps, "steps of the MLP"):
+        for _ in counted(range(steps), steps, "steps of the MLP"):
             index = torch.randint(len(train_x), (batch_size,)).to(train_x.device)
             loss = F.cross_entropy(net(train_x[index]), train_y[index])
             optimizer.zero_grad()
@@ -101,7 +101,7 @@ def knn(train_x, train_y, test_x, test_y, k=200, tau=0.1):
     classes = int(torch.cat([train_y, test_y]).max()) + 1
     right = 0
     parts = list(zip(test_x.split(1000), test_y.split(1000)))
-    for x, y in told(parts, len(parts), "batches of 1000 test images in kNN"):
+    for x, y in counted(parts, len(parts), "batches of 1000 test images in kNN"):
         similarity, index = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)  # (B, k)
         votes = similarity.new_zeros(len(x), classes)
         votes.scatter_add_(1, train_y[index], (similarity / tau).exp())
@@ -121,7 +121,7 @@ def encoded(encoder, images, autocast=contextlib.nullcontext(), batch_size=512, 
     encoder.eval()
     try:
         parts = (torch.arange(len(images)) if index is None else index).split(batch_size)
-        for x in told(images.batches(parts), len(parts), f"batches of {batch_size} images encoded"):
+        for x in counted(images.batches(parts), len(parts), f"batches of {batch_size} images encoded"):
             with autocast:
                 h = encoder(view(x.float() / 255).contiguous(memory_format=torch.channels_last)).float()
             yield h
@@ -144,8 +144,8 @@ class WhitenedPixels(torch.nn.Module):
     def __init__(self, images, components=256):
         super().__init__()
         parts = images.random_indices(10_000).split(512)
-        x = torch.cat([self.flat(part.float() / 255) for part in told(images.batches(parts), len(parts), "batches of "
-                       "512 images for the whitened pixels")])
+        batches = counted(images.batches(parts), len(parts), "batches of 512 images for the whitened pixels")
+        x = torch.cat([self.flat(part.float() / 255) for part in batches])
         self.mean = x.mean(dim=0)
         covariance = (x - self.mean).T @ (x - self.mean) / len(x)
         variance, axes = (part.to(x.device) for part in torch.linalg.eigh(covariance.cpu()))  # ascending; MPS has none
@@ -242,7 +242,7 @@ def table(results, method):
     return "\n".join(lines)
 
 
-def told(things, n, what):
+def counted(things, n, what):
     """Yields the n things. Where that takes longer than ten seconds the first process prints how far it is, then and
     each minute."""
     start, first = time.perf_counter(), not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

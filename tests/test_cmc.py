@@ -17,7 +17,7 @@ import cmc
 import moco
 from common import augment
 from common.cli import Refusal
-from common.data import Images, load
+from common.data import Batches, Images, load
 
 CPU = torch.device("cpu")
 
@@ -301,7 +301,9 @@ def test_the_first_loss_is_near_chance(contrast, entries):
     model = cmc.CMC(cmc.Encoder("lab", "resnet18", "cifar", 4), entries)
     view = functools.partial(cmc.view, size=16, crop_min=0.5, jitter=0.0)
     if entries:
-        cmc.fill_banks(model, images, 64, augment.Random(0), view, contextlib.nullcontext())
+        before = model.bank.clone()
+        cmc.fill_banks(model, Batches(images, 64, 0), augment.Random(0), view, contextlib.nullcontext())
+        assert (model.bank != before).any(dim=2).all()                        # those of a last, unfilled batch, too
     z, index = model(view(pixels[:64], augment.Random(1)))[1].detach(), torch.arange(64)
     assert (z[:, 0] @ z[:, 0].T).mean() > 0.7                                 # alike
     loss = model.loss(z, index, torch.arange(300, 300 + m), cmc.pairs_of("full", 2), contrast, tau).item()

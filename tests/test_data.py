@@ -18,7 +18,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision import datasets
 
-from common import shapes
+from common import augment, shapes
 from common.cli import Refusal
 from common.data import HOMES, NAMES, Batches, epoch_order, load, to_pixels
 
@@ -471,6 +471,16 @@ def test_epoch_order_has_no_duplicates_and_no_partial_batch(n, batch_size, steps
     assert steps < 2 or flat != sorted(flat)
 
 
+@pytest.mark.parametrize("n", [20, 21, 39, 40])
+def test_every_image_is_in_a_whole_batch(n):
+    """In the order of the first epoch, then those that it leaves out, filled up with others; shared by processes."""
+    order = epoch_order(n, 20, seed=3, epoch=0, every=True)
+    assert order.shape == (-(-n // 20), 20) and set(order.flatten().tolist()) == set(range(n))
+    assert order[: n // 20].equal(epoch_order(n, 20, 3, 0)) and all(len(set(row.tolist())) == 20 for row in order)
+    parts = [epoch_order(n, 20, 3, 0, rank, 2, every=True) for rank in range(2)]
+    assert torch.cat(parts, dim=1).equal(order)
+
+
 def test_epochs_leave_out_different_images():
     left_out = [set(range(103)) - set(epoch_order(103, 10, 0, epoch).flatten().tolist()) for epoch in range(20)]
     assert all(len(out) == 3 for out in left_out) and len(set.union(*left_out)) > 20
@@ -800,6 +810,16 @@ def test_square_images_of_the_size_are_kept_once(tmp_path):
     labelled_folder(tmp_path)
     data = load("folder", tmp_path, 16, CPU, 0, 1.0, store_size=32)
     assert data.train is data.labelled is data.centred
+
+
+def test_a_strip_is_cropped_to_what_it_has(tmp_path):
+    """Of a photograph of 1 by 100 a crop could lie between two rows of the pixels that are kept, and be of none."""
+    save(tmp_path / "strip.png", random_pixels(4, 400, 3))
+    images = load("folder", tmp_path, 16, CPU, 0, 1.0, store_size=64).train
+    assert images.aspect.tolist() == [8.0]
+    x = images.at(torch.zeros(64, dtype=torch.int64))
+    crops = augment.random_resized_crop(augment.Random(0), x.shape, 16, (0.08, 1.0), images.aspect.expand(64))
+    assert augment.apply(x, crops).isfinite().all()
 
 
 def test_a_turned_photograph_has_its_turned_aspect(tmp_path):

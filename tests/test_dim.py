@@ -184,6 +184,16 @@ def test_loss_is_the_weighted_sum(views, estimator, critic):
     assert [t.item() for t in terms] == pytest.approx([t.item() for t in expected], rel=1e-4)
 
 
+def test_chance_of_the_adversary(tiny, here, capsys):
+    """A D of 0 is at the level that is printed as chance."""
+    dim.main(tiny("dim", "--objective", "global", "--gamma", 1, "--epochs", 1))
+    model = new_dim(gamma=1.0)
+    for p in model.prior[-1].parameters():
+        torch.nn.init.zeros_(p)
+    level = model.prior_matching(torch.rand(5, 6), torch.rand(5, 6, requires_grad=True)).item()
+    assert f"(chance {level:.3f})" in capsys.readouterr().out.split("prior", 1)[1].split("  ")[0]
+
+
 def test_adversary_and_encoder_descend_their_own_losses():
     """The adversary its cross-entropy and gradient penalty, the encoder gamma times the loss that is not saturating."""
     model = new_dim(alpha=0, beta=0)

@@ -104,6 +104,18 @@ def test_momentum_update_by_value():
     assert all(torch.equal(a, b) for a, b in zip(statistics, model.key.buffers()))
 
 
+def test_the_bank_begins_with_all_images(tiny, here, monkeypatch):
+    """Also those that no whole batch of an epoch has: 40 images, batches of 12."""
+    banks, restore, enter = [], moco.Run.restore, moco.Run.__enter__
+
+    def seen(method):
+        return lambda run: (banks.append(run.tracked["model"].bank.clone()), method(run))[1]
+    monkeypatch.setattr(moco.Run, "restore", seen(restore))
+    monkeypatch.setattr(moco.Run, "__enter__", seen(enter))
+    moco.main(tiny("moco", "--dictionary", "memory-bank", "--epochs", 1, "--batch-size", 12))
+    assert banks[0].shape == (40, 128) and (banks[0] != banks[1]).any(dim=1).all()
+
+
 def test_bank_update_by_value():
     """bank = normalised 0.5 bank + 0.5 q for the batch's images, nothing for the others."""
     model, index, q = new_model("memory-bank", 6, bank_m=0.5), torch.tensor([4, 1]), unit(2, 5)
@@ -259,6 +271,9 @@ def test_a_queue_longer_than_a_quarter_of_the_images_is_refused(tiny, here):
 @pytest.mark.parametrize("script, flags, settings", [  # the recipe, and where it is from
     (simclr, "--dataset cifar10", dict(lr=0.03, weight_decay=5e-4, crop_min=0.2)),            # dkobak/simclr-cifar10
     (simclr, "--dataset cifar10 --optimizer lars", dict(lr=1.0, weight_decay=1e-4, tau=0.5)),  # google-research/simclr
+    (simclr, "--dataset cifar10 --optimizer lars --small", dict(lr=1.0, weight_decay=1e-4, batch_size=256)),
+    (simclr, "--dataset folder --optimizer sgd", dict(lr=0.03, weight_decay=5e-4, image_size=224)),
+    (simclr, "--dataset folder --small", dict(optimizer="sgd", lr=0.2)),
     (simclr, "--dataset folder", dict(optimizer="lars", lr=0.3, weight_decay=1e-6, tau=0.1, crop_min=0.08, blur=0.5)),
     (moco, "--dataset folder", dict(crop_min=0.2, tau=0.2, m=0.999, batch_size=256, lr=0.03, head="mlp", blur=0.5)),
     (moco, "--dataset cifar10 --dictionary memory-bank", dict(                                # zhirongw/lemniscate

@@ -89,6 +89,17 @@ def test_chance_of_logistic_and_margin():
     same = torch.ones(5, 3)
     assert simclr.logistic(same, same, 0.5).item() == pytest.approx(math.log1p(math.exp(-2)) + math.log1p(math.exp(2)))
     assert simclr.margin_triplet(same, same, 0.4).item() == pytest.approx(0.4)
+    assert simclr.logistic(same, same, 0.5, True).item() == pytest.approx(math.log1p(math.exp(-2)))      # none is
+    assert simclr.margin_triplet(same, same, 0.4, True).item() == 0                                      # semi-hard
+
+
+@pytest.mark.parametrize("flags, chance", [
+    ("--loss logistic --tau 0.5", math.log1p(math.exp(-2)) + math.log1p(math.exp(2))),
+    ("--loss logistic --tau 0.5 --semi-hard", math.log1p(math.exp(-2))),
+    ("--loss margin --margin 0.4", 0.4), ("--loss margin --margin 0.4 --semi-hard", 0.0), ("", math.log(15))])
+def test_the_chance_that_is_printed(flags, chance, tiny, here, capsys):
+    simclr.main(tiny("simclr", *flags.split(), "--epochs", 1))
+    assert f"(chance {chance:.3f})" in capsys.readouterr().out
 
 
 def test_lars_is_its_formula():
@@ -132,6 +143,14 @@ def test_views_are_the_papers_in_range_and_differ():
         a, b = (simclr.view(x, rng, 40, 0.08, 1.0, blur) for _ in range(2))
         assert a.shape == (16, 3, 40, 40) and a.dtype == torch.float32
         assert 0 <= a.min() and a.max() <= 1 and (a - b).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("size", [8, 16, 24, 40])
+def test_blur_blurs_at_any_size(size):
+    x = torch.randint(0, 256, (8, 3, size, size), dtype=torch.uint8)
+    sharp, blurred = (simclr.view(x, augment.Random(0), size, 1.0, 0.0, blur, names=[]) for blur in (0.0, 1.0))
+    assert ((sharp - blurred).abs().flatten(1).max(dim=1).values > 0.001).float().mean() > 0.8          # sigma from 0.1
+    assert blurred.var() < 0.9 * sharp.var()
 
 
 # ---- the augmentations that the paper studies

@@ -248,7 +248,7 @@ def test_too_little_memory_of_an_apple_gpu(monkeypatch, capsys):
 # ---- lines of progress
 
 
-def test_told(monkeypatch, capsys):
+def test_counted(monkeypatch, capsys):
     """The same things; a line after ten seconds, then each minute, and none of what is quicker."""
     clock = [0.0]
     monkeypatch.setattr(linear_probe.time, "perf_counter", lambda: clock[0])
@@ -257,8 +257,8 @@ def test_told(monkeypatch, capsys):
         for i in range(n):
             clock[0] += seconds
             yield i
-    assert list(linear_probe.told(things(9, 1), 9, "steps")) == list(range(9)) and capsys.readouterr().out == ""
-    assert list(linear_probe.told(things(100, 3), 100, "steps")) == list(range(100))
+    assert list(linear_probe.counted(things(9, 1), 9, "steps")) == list(range(9)) and capsys.readouterr().out == ""
+    assert list(linear_probe.counted(things(100, 3), 100, "steps")) == list(range(100))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[0].startswith("steps: 3 of 100, ") and all("s left" in line for line in lines)
 

@@ -69,7 +69,7 @@ def tsne(x, perplexity=30.0, steps=500):
     p = (p + p.T) / (2 * n)                                                   # (N, N), its sum 1
     y = 1e-4 * n**0.5 * torch.linalg.svd(x - x.mean(dim=0), full_matrices=False).U[:, :2]     # (N, 2)
     velocity = torch.zeros_like(y)
-    for step in linear_probe.told(range(steps), steps, "steps of the map"):
+    for step in linear_probe.counted(range(steps), steps, "steps of the map"):
         early = step < steps // 2                                             # early exaggeration: clusters form
         q = 1 / (1 + torch.cdist(y, y).square().fill_diagonal_(torch.inf))
         pull = ((12 if early else 1) * p - q / q.sum()) * q

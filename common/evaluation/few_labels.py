@@ -58,7 +58,7 @@ def finetune(module, images, index, test, frozen_stages, amp=None, steps=500, ba
     for part in frozen:
         part.eval()
     order = [index[torch.randint(len(index), (batch_size,), generator=rng.generator)] for _ in range(steps)]
-    for batch, x in zip(order, linear_probe.told(images.batches(order), steps, "steps of fine-tuning")):
+    for batch, x in zip(order, linear_probe.counted(images.batches(order), steps, "steps of fine-tuning")):
         flip = augment.random_horizontal_flip(rng, len(x))
         x = augment.apply(x, flip + augment.random_shift(rng, len(x), reach=x.shape[-1] // 8))
         with autocast:
@@ -81,7 +81,7 @@ def compare(title, rows, labels, shares, draws, score):
     for share in shares:
         drawn = [balanced(labels, share, seed) for seed in range(draws if share < 1 else 1)]
         found = {row: [] for row in rows}
-        for seed, index in enumerate(linear_probe.told(drawn, len(drawn), f"draws of {100 * share:g} %")):
+        for seed, index in enumerate(linear_probe.counted(drawn, len(drawn), f"draws of {100 * share:g} %")):
             for row in rows:
                 found[row].append(score(row, share, index, seed))
         accuracy = {row: {"mean": statistics.mean(values), "deviation": statistics.stdev(values) if len(values) > 1

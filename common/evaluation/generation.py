@@ -55,7 +55,7 @@ def main(argv, script):
         """Images (N, 3, S, S): the first rows those of the tokens (N, S, S), the rest drawn; 64 at once, for memory."""
         generator, parts = torch.Generator(device).manual_seed(args.seed), tokens.split(64)
         return model.images(torch.cat([model.sample(len(part), args.temperature, args.top_k, part, rows, generator)
-                                       for part in linear_probe.told(parts, len(parts), "batches of images drawn")]))
+                                       for part in linear_probe.counted(parts, len(parts), "batches of images drawn")]))
 
     def seen(x):                                                              # all that the model can show of images
         return model.images(model.tokens(x.to(device)))
@@ -114,7 +114,7 @@ def features(encoder, image_size, images, device, batch_size=256):
     """What the encoder, on the device, makes of images (N, 3, S, S), uint8 or floats in [0, 1], resized to the side
     image_size that it takes: (N, D)."""
     found, parts = [], images.split(batch_size)
-    for x in linear_probe.told(parts, len(parts), "batches encoded"):
+    for x in linear_probe.counted(parts, len(parts), "batches encoded"):
         x = x.to(device).float() / (255 if x.dtype == torch.uint8 else 1)
         if x.shape[-1] != image_size:
             x = F.interpolate(x, image_size, mode="bilinear", antialias=True).clamp(0, 1)
@@ -145,7 +145,7 @@ def nearest(x, images, seen, k=7):
     """The k training images nearest to each of x (N, 3, S, S) in [0, 1]: root mean square differences, of 255, and
     indices, each (k, N), nearest first. images: Images, which are compared as seen(uint8 (B, 3, S, S)) in [0, 1]."""
     parts = torch.arange(len(images)).split(512)
-    batches = linear_probe.told(images.batches(parts), len(parts), "batches compared")
+    batches = linear_probe.counted(images.batches(parts), len(parts), "batches compared")
     gap = torch.cat([torch.cdist(seen(batch).flatten(1), x.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
                      for batch in batches]) * 255 / x[0].numel() ** 0.5       # (images, N); by mm 0 would not be 0
     return gap.topk(min(k, len(gap)), dim=0, largest=False)

@@ -73,7 +73,7 @@ def knn_distance(train_x, x, k=50):
     train_x, x = F.normalize(train_x.float(), dim=1), F.normalize(x.float(), dim=1)
     k, parts = min(k, len(train_x)), x.split(1000)
     nearest = torch.cat([(batch @ train_x.T).topk(k, dim=1).values[:, -1]
-                         for batch in linear_probe.told(parts, len(parts), "batches of 1000 images in kNN")])
+                         for batch in linear_probe.counted(parts, len(parts), "batches of 1000 images in kNN")])
     return (2 - 2 * nearest).clamp(min=0).sqrt()
 
 
@@ -90,7 +90,7 @@ def complexity(images):
 def likelihoods(model, images, autocast):
     """-log p of images (M,) in nats, and the bits of their complexity, as the model's tokens have them: (M,), (M,)."""
     nats, bits, parts = [], [], torch.arange(len(images)).split(128)
-    for x in linear_probe.told(images.batches(parts), len(parts), "batches of likelihoods"):
+    for x in linear_probe.counted(images.batches(parts), len(parts), "batches of likelihoods"):
         tokens = model.tokens(x)
         with autocast:
             nats.append(-model.log_prob(tokens).cpu().double())
