@@ -19,8 +19,8 @@ is n times the mean of h over the batch's negatives. What is kept, and probed, i
 
 Differences from the paper: softmax by default (paper: nce); the bank begins as what the untrained encoders say (paper:
 at random) and Z is estimated anew on each batch (paper: on the first alone, which random vectors make so small that
-on `shapes` nothing is learnt: 19.0 linear, untrained 18.7); an image's own vector is no negative; inputs in [0, 1]
-without normalisation.
+on `shapes` nothing is learnt: 19.0 linear, untrained 18.7, one seed); an image's own vector is no negative; inputs in
+[0, 1] without normalisation.
 
 Measured, linear / kNN: `shapes` 52.0 / 34.8 over three seeds (untrained 22.5 / 11.8), 45 to 50 s on a core of a Xeon;
 `--dataset cifar10 --small` 50.3 / 47.0 (39.8 / 33.6), 32 min.

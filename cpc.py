@@ -11,13 +11,13 @@ prediction of the patch k rows below. InfoNCE asks to tell it from those of othe
 v2 predicts in four directions, each with a context of its own. What is kept, and probed, is the mean of z over the
 grid.
 
-    python cpc.py                                           # embedded data, two minutes on two cores
+    python cpc.py                                           # embedded data, a minute on two cores
     python cpc.py --dataset cifar10                         # ResNet-18 of each patch, 200 epochs
-    torchrun --nproc-per-node 4 cpc.py --dataset cifar10    # the same run on four GPUs
 
 Differences from the papers: the first row that is predicted is the first that shares no pixel with the context (v1:
 k = 1); of AutoAugment's operations v2's patches get three, each to a tenth (v2: two of sixteen), and 0.2 of them lose
-two channels (v2: all, --colour-drop 1); a ResNet-50 (v2: ResNet-161); Adam with a cosine; inputs not normalised.
+two channels (v2: all, --colour-drop 1); no greyscale in v1 (v1: of all images); a ResNet-50 (v2: ResNet-161); Adam with
+a cosine; inputs only scaled to [-1, 1].
 
 Measured, linear probe / kNN: `shapes` 58.2 +- 3.4 / 25.7 over three seeds, contexts 64.0 / 27.4 (untrained 22.7 /
 14.6), 37 to 48 s on one core of a Xeon; `--dataset cifar10 --small`, without shear, elastic deformation and tones, 50.0
@@ -119,13 +119,13 @@ class Encoder(nn.Module):
 
     def grid(self, patches):
         """(N, G, G, 3, patch, patch) to z (N, feature_dim, G, G)."""
-        x = 2 * patches.flatten(0, 2) - 1                                     # a black patch of zeros has no layer norm
+        x = 2 * patches.flatten(0, 2) - 1                                     # layer norm would lose a patch of zeros
         z = self.net(x.contiguous(memory_format=torch.channels_last))
         return z.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
 
     def forward(self, x):
         return torch.cat([self.grid(cut(part, self.patch, self.stride)).mean(dim=(2, 3))
-                          for part in x.split(64)])                           # a batch to judge has many patches
+                          for part in x.split(64)])                           # 64 images at a time, for memory
 
     def stages(self):
         return self.net.stages()
@@ -263,7 +263,7 @@ def arguments(argv):
     # Batch norm ties the patches of an image together, so that a context can know what it shall predict (v2).
     add("--norm", choices=("layer", "batch", "none"), default="layer", help="in the encoder; v1: none, v2: layer")
     add("--augmentation", choices=("v1", "v2"), default="v2",
-        help="of each patch alone; v1: small shifts (and grey images), v2: flips, warps, colours, dropped channels")
+        help="of each patch alone; v1: small shifts; v2: flips, warps, colours, dropped channels")
     number("--colour-drop", 0.2, "[0, 1]", "share of the patches that keep one of three channels, of --augmentation v2 "
         "(paper: 1)")
     number("--crop-min", 0.5, "(0, 1]", "least share of the area that a crop keeps")

@@ -18,13 +18,13 @@ views of each image and has no Y: by infonce the global vector of one view predi
 vectors, and one vector of its 5 x 5 map the other's 5 x 5. DIM keeps fc, the last hidden layer (conv, the last map, and
 Y are probed beside it), AMDIM its global vector.
 
-    python dim.py                                           # embedded data, two minutes on two cores
+    python dim.py                                           # embedded data, a minute or two on two cores
     python dim.py --dataset cifar10 --estimator infonce     # the paper's encoder
     python dim.py --dataset cifar10 --objective multiscale  # AMDIM
 
 Differences from the papers: the learning rate warms up and falls by a cosine (DIM: constant, AMDIM: steps); inputs in
-[0, 1] are not normalised; DIM's scores are divided by sqrt(D), without which `shapes` gives 38.3 in place of 48.6; the
-global T is an MLP of a convolutional summary, where the authors copy the encoder's layers.
+[0, 1] are not normalised; DIM's scores are divided by sqrt(D), without which `shapes` gave 38.3 in place of 48.6 (an
+earlier version, one seed); the global T is an MLP of a convolutional summary (authors: a copy of the encoder's layers).
 
 Measured, linear / kNN: `shapes` over three seeds, local, two views, 49.9 / 30.1 (untrained 27.7 / 18.2), AMDIM 65.2 /
 44.0 (33.7 / 16.9); `--dataset cifar10 --small` 58.9 / 54.3 (41.9 / 31.2), AMDIM 63.6 / 62.8 (31.2 / 28.3). One view is

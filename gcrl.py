@@ -16,7 +16,7 @@ The feature is the encoder's output, averaged over the positions.
     python gcrl.py --sample RUN --temperature 0.9           # draws from a saved run
 
 Differences from the paper: --alpha weighs L_g / (D - 1), the mean over the predicted tokens, so that both losses are a
-few nats (--alpha D-1 is the equation to the letter); network, tau, weak view, schedule and iGPT's 32 x 32 are ours.
+few nats (--alpha D-1 is the equation to the letter). Network, tau, weak view, schedule and 32 x 32 tokens are ours.
 """
 import math
 import sys

@@ -15,16 +15,16 @@ key k+ = f_k(x_k), and other images give the keys k_1 .. k_K, all of length 1 (e
 
 What is kept, and probed, is f_q without its head.
 
-    python moco.py                                          # embedded data, two minutes on two cores
+    python moco.py                                          # embedded data, a minute or two on two cores
     python moco.py --dataset cifar10                        # ResNet-18, 200 epochs
 
 Differences from the papers: batch norm in --bn-groups and shuffled keys work on one device, too; a query's own vector
-in the memory bank is no negative; its views are flipped (Wu et al.: not); it begins as the untrained encoder's output
-(Wu et al.: at random), and nce's Z is estimated on each batch (Wu et al.: on the first; on `shapes` the loss then rises
-to hundreds); --symmetric averages both directions (MoCo's CIFAR demo: the sum); inputs are not normalised.
+in the memory bank is no negative; the bank's views are flipped (Wu et al.: not) and it begins as the untrained
+encoder's output (Wu et al.: at random); nce's Z is estimated on each batch (Wu et al.: on the first; on `shapes` the
+loss then rises to hundreds); --symmetric averages both directions (MoCo's CIFAR demo: the sum); inputs are in [0, 1].
 
-Measured, linear / kNN: `shapes` over three seeds queue 66.1 / 50.8, memory bank 59.6 / 45.4, end-to-end 73.9 / 59.4
-(untrained 30.8 / 15.8), a minute on a core of an EPYC; `--dataset cifar10 --small` 60.7 / 58.8 (37.5 / 33.0).
+Measured, linear / kNN: `shapes` over three seeds queue 66.1 / 50.8 (untrained 30.9 / 15.9) on a Xeon, memory bank 59.6
+/ 45.4, end-to-end 73.9 / 59.4 (30.8 / 15.8) on an EPYC; `--dataset cifar10 --small` 60.7 / 58.8 (37.5 / 33.0).
 """
 import copy
 import functools

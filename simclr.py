@@ -8,7 +8,7 @@ other view j, among all 2N views (equation 1, NT-Xent):
 
 The loss is the mean over the 2N views. What is kept, and probed, is h.
 
-    python simclr.py                                        # embedded data, two minutes on two cores
+    python simclr.py                                        # embedded data, a minute on two cores
     torchrun --nproc-per-node 4 simclr.py --dataset cifar10 # ResNet-18, 200 epochs; on one GPU without torchrun
 
 Sources of the defaults: cifar10 is dkobak/simclr-cifar10's (SGD, 0.03 for 256 images, decay 5e-4, crops of 0.2: 90.9 %
@@ -18,7 +18,7 @@ linear after 1,000 epochs of batch 1,024), but for greys of 0.2 and a hidden lay
 
 Differences from the paper: a head of two layers without batch norm (the authors' code: three with it, --head mlp-bn,
 and each block's last batch norm begins at 0; in 10 epochs of 10,000 images the first gains nothing, the second one
-point); biases and batch norm do not decay with SGD, either. Inputs in [0, 1] are not normalised, as theirs.
+point); biases and batch norm do not decay with SGD, either. Inputs are in [0, 1], as in the authors' code.
 
 Measured, linear probe / kNN: `shapes` 76.9 +- 3.1 / 58.4 +- 0.2 over three seeds (untrained 30.9 / 15.9), a minute on
 one core of a Xeon with AMX; `--dataset cifar10 --small` 64.0 / 60.1 (untrained 37.5 / 33.0), with
@@ -82,7 +82,7 @@ def rotation(rng, n, size):
 
 def noise(rng, n, size, deviation=0.1):
     """Adds Gaussian noise."""
-    z = torch.special.ndtri(rng.uniform(n, 3, size, size).clamp(1e-6, 1 - 1e-6))              # which MPS has not
+    z = torch.special.ndtri(rng.uniform(n, 3, size, size).clamp(1e-6, 1 - 1e-6))              # MPS has no ndtri
     return [(lambda x, z: (x + deviation * z).clamp(0, 1), z)]
 
 

@@ -10,6 +10,6 @@ class Refusal(ValueError):
 
 
 def shown(text, kept=""):
-    """The text with what a terminal does not show, or obeys, as Python writes it, but for the characters `kept`: file
-    names may hold line breaks, bytes of no letter, and commands to the terminal."""
+    """The text with control characters and undecodable bytes as Python's escapes, except those in `kept`: the name of a
+    file may contain line breaks, or commands to the terminal."""
     return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)

@@ -56,8 +56,8 @@ class RunParser(Parser):
         add("-h", "--help", action="store_true", help="shows the flags")
         add("--dataset", choices=datasets, default="shapes", help="images to train on; shapes and folder need no "
             "download")
-        add("--small", action="store_true", help="settings of a real data set for about half an hour to an hour "
-            "without a GPU: smaller images, networks and batches, fewer epochs; other flags go before it")
+        add("--small", action="store_true", help="settings of a real data set for ten minutes to two hours without a "
+            "GPU: smaller images, networks and batches, fewer epochs; flags that you give override them")
         add("--data-dir", default="data", metavar="DIR",
             help="folder of downloads, or of your images (DIR/train/CLASS/*, DIR/test/CLASS/*)")
         number("--image-size", 32, "[8, inf)", "side of the images, pixels")
