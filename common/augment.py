@@ -49,8 +49,9 @@ def apply(x, steps):
     flat = [torch.empty(0), *(p.float().flatten() for _, *parameters in steps for p in parameters)]
     _, *sent = send(torch.cat(flat), x.device).split([len(p) for p in flat])
     x = x.float() / 255 if x.dtype == torch.uint8 else x.clone()
-    for operation, *parameters in steps:
-        x = operation(x, *(sent.pop(0).view(p.shape) for p in parameters))
+    with torch.autocast(x.device.type, enabled=False):                        # bf16 has too few digits for pixels
+        for operation, *parameters in steps:
+            x = operation(x, *(sent.pop(0).view(p.shape) for p in parameters))
     return x
 
 

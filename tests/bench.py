@@ -32,6 +32,12 @@ from common import augment, cli, resnet, transformer  # noqa: E402
 from common.run import Run, peak_memory  # noqa: E402
 
 
+PARTS = ("simclr", "moco", "cmc", "cpc", "dim", "monitor", "augmentation", "gcrl", "attention")
+GCRL = {"cpu": (32, 128, 2), "cuda": (32, 256, 4), "mps": (32, 128, 2)}  # image size, width and layers of its step
+MEMORY_OF = ["--dataset", "cifar10"]  # the flags of the run whose need of memory is counted
+LIKELIHOODS = (((512, 32, 256, 4, 4, 8), 8), ((64, 16, 64, 1, 1, 4), 128))  # of gcrl.GCRL, and images
+
+
 def medians(device, repeats, *functions):
     """Median seconds of each function, called in turn after a warm-up."""
     def wait():
@@ -242,16 +248,16 @@ class Causal(nn.Module):
         return self.like.to_logits(self.like.decoder_norm(x))
 
 
-def bench_gcrl(device, autocast, n, repeats, width, layers):
+def bench_gcrl(device, autocast, n, repeats, size, width, layers):
     heads, colours = width // 32, 512
-    model = gcrl.GCRL(colours, 32, width, layers, layers, heads).to(device)
+    model = gcrl.GCRL(colours, size, width, layers, layers, heads).to(device)
     full_attention = Causal(model, width, heads, 3 * layers).to(device)
-    tokens = torch.randint(0, colours, (n, 32, 32), device=device)
+    tokens = torch.randint(0, colours, (n, size, size), device=device)
 
     def step():
         with autocast:
             log_p, z1, z2, _ = model(tokens, tokens, True, True)
-        (-log_p.mean() / 1023 + gcrl.nt_xent(z1, z2, 0.2)).backward()
+        (-log_p.mean() / (size**2 - 1) + gcrl.nt_xent(z1, z2, 0.2)).backward()
         model.zero_grad()
 
     def axial():
@@ -273,7 +279,7 @@ def bench_gcrl(device, autocast, n, repeats, width, layers):
         model.zero_grad()
 
     hybrid, bare, ours, theirs = medians(device, repeats, step, encoder, axial, causal)
-    name = f"gcrl, width {width}, {layers} encoder and {layers} decoder layers, 32 x 32"
+    name = f"gcrl, width {width}, {layers} encoder and {layers} decoder layers, {size} x {size}"
     show(f"{name}: step, images/s", f"{n / hybrid:.1f}")
     show("  bare encoder on both views, forward and backward, images/s", f"{n / bare:.1f}")
     show("  step / bare encoder (the step also decodes)", f"{hybrid / bare:.2f}")
@@ -306,7 +312,7 @@ def saved_bytes(forward):
 def bench_gcrl_memory(device, amp):
     """The need of `python gcrl.py --dataset cifar10`, by arithmetic: activations grow with the images that go through
     the network at once, and each weight has a gradient and two means of Adam's."""
-    args, n = gcrl.arguments(["--dataset", "cifar10"]), 2
+    args, n = gcrl.arguments(MEMORY_OF), 2
     size = args.image_size
     model = gcrl.GCRL(args.colours, size, args.width, args.encoder_layers, args.decoder_layers, args.heads).to(device)
     tokens = torch.randint(0, args.colours, (n, size, size), device=device)
@@ -357,7 +363,7 @@ def matrix_products(model, tokens, dtype):
 
 
 def bench_gcrl_likelihood(device, autocast, dtype, repeats, beside):
-    for sizes, n in (((512, 32, 256, 4, 4, 8), 8), ((64, 16, 64, 1, 1, 4), 128)):
+    for sizes, n in LIKELIHOODS:
         tokens = torch.randint(0, sizes[0], (n, sizes[1], sizes[1]), device=device)
 
         def likelihood_step(module):
@@ -392,23 +398,21 @@ def bench_attention(device, repeats):
     show("  SDPA in float32 / written out in bf16, seconds", f"{f32 / written:.2f}")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", default="auto")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--width", type=int, default=64, help="of ResNet-18")
-    parser.add_argument("--only", nargs="+", default=None, help="of simclr, moco, cmc, cpc, dim, monitor, "
-                        "augmentation, gcrl, attention")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts")
     parser.add_argument("--beside", default=None, metavar="DIR", help="another checkout: its gcrl.py is timed in turn")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     print(f"{device}, {amp or torch.float32}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"batch {args.batch_size}")
-    width, layers = (256, 4) if device.type == "cuda" else (128, 2)
     benches = {
         "simclr": lambda: bench_simclr(device, autocast, args.batch_size, args.repeats, args.width),
         "moco": lambda: bench_moco(device, autocast, args.batch_size, args.repeats, args.width),
@@ -420,12 +424,9 @@ def main():
         "gcrl": lambda: (
             bench_gcrl_memory(device, amp),
             bench_gcrl_likelihood(device, autocast, amp or torch.float32, args.repeats, args.beside),
-            bench_gcrl(device, autocast, max(16, args.batch_size // 4), args.repeats, width, layers)),
+            bench_gcrl(device, autocast, max(16, args.batch_size // 4), args.repeats, *GCRL[device.type])),
         "attention": lambda: bench_attention(device, args.repeats)}
-    unknown = set(args.only or ()) - benches.keys()
-    if unknown:
-        parser.error(f"--only {min(unknown)} is not one of {', '.join(benches)}")
-    for name in args.only or benches:
+    for name in args.only:
         benches[name]()
 
 

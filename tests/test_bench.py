@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: MIT
+"""tests/bench.py runs, every part of it, at a tiny size."""
+import pytest
+
+import bench
+
+
+@pytest.mark.parametrize("amp", ["bf16", "off"])
+@pytest.mark.parametrize("part", bench.PARTS)
+def test_part(part, amp, tiny, monkeypatch, capsys, here):
+    main = bench.simclr.main
+    monkeypatch.setattr(bench.simclr, "main", lambda argv: main([*tiny("simclr", "--amp", amp), *argv]))
+    monkeypatch.setattr(bench, "MEMORY_OF", "--image-size 8 --width 8 --heads 2 --colours 4 --batch-size 16".split())
+    monkeypatch.setattr(bench, "LIKELIHOODS", (((4, 8, 8, 1, 1, 2), 2),))
+    monkeypatch.setattr(bench, "GCRL", {"cpu": (8, 32, 1)})
+    bench.main(["--only", part, "--device", "cpu", "--amp", amp, "--batch-size", "8", "--repeats", "1", "--width", "8"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 2 and not any("nan" in line for line in lines)
