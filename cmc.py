@@ -199,7 +199,7 @@ def nce(q, k, negatives, tau, images, own=None):
     own = torch.zeros(len(q), len(negatives), dtype=torch.bool, device=q.device) if own is None else own
     others, drawn = (q @ negatives.T / tau).masked_fill(own, -math.inf), (~own).sum(dim=1)    # (N, m), (N,)
     log_z = others.detach().logsumexp(dim=(0, 1)) + math.log(images) - drawn.sum().log()
-    threshold = log_z + (drawn / images).log()                                # (N,)
+    threshold = log_z + (drawn.clamp(min=1) / images).log()                   # (N,)
     positive = (q * k).sum(dim=1) / tau - threshold                           # (N,)
     return (F.softplus(-positive) + F.softplus(others - threshold[:, None]).sum(dim=1)).mean()
 
@@ -251,7 +251,10 @@ def arguments(argv):
         parser.refuse_unused(args, ("warmup",), "--schedule steps")
     if args.dictionary == "end-to-end":
         parser.refuse_unused(args, ("negatives", "bank_m"), "--dictionary end-to-end")
+    if len(args.views_dir or CHANNELS[args.views]) == 2:
+        parser.refuse_unused(args, ("graph",), "two views")
     if args.views_dir:
+        parser.refuse_unused(args, ("views",), "--views-dir")
         if args.dataset != "folder":
             raise Refusal(f"--views-dir is a data set of its own: leave --dataset {args.dataset} out")
         if len(args.views_dir) == 1:
@@ -305,7 +308,7 @@ def main(argv=None):
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     if entries and first_epoch == first_step == 0:
-        fill_banks(model, batches, augment.Random(args.seed, rank, world), random_view, autocast)
+        fill_banks(model, batches, rng, random_view, autocast)
         run.ready("memory bank", "by the untrained encoders")
     with run:
         for epoch in range(first_epoch, args.epochs):

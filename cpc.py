@@ -60,7 +60,7 @@ def view(x, rng, size, crop_min, augmentation, colour_drop, patch, stride, aspec
     steps += augment.random_horizontal_flip(rng, n)
     steps += [(lambda x: cut(x, patch, stride).flatten(0, 2),)]               # (N G G, 3, patch, patch)
     if augmentation == "v1":
-        steps += augment.random_shift(rng, patches, reach=max(1, patch // 32))
+        steps += augment.random_shift(rng, patches, reach=min(patch - 1, max(1, patch // 32)))
     else:
         steps += augment.random_horizontal_flip(rng, patches)
         steps += random_warp(rng, patches)

@@ -369,6 +369,8 @@ def arguments(argv):
     number("--lr", 1e-4, "(0, inf)", "peak learning rate of Adam")
     number("--weight-decay", 0.0, "[0, inf)", "of all weights")
     args = parser.parse(argv, DEFAULTS)
+    if args.arch == "conv":
+        parser.refuse_unused(args, ("stem",), "--arch conv")
     multiscale = args.objective == "multiscale"
     unused = ("views", "estimator", "critic", "alpha", "beta", "gamma", "arch", "stem") if multiscale else \
         ("depth", "tasks")
@@ -376,6 +378,8 @@ def arguments(argv):
     if multiscale:
         if args.image_size < 32 or args.image_size.bit_count() > 1:
             raise Refusal(f"--objective multiscale takes an --image-size of 32, 64, 128 ..., not {args.image_size}")
+        if len(set(args.tasks)) < len(args.tasks):
+            raise Refusal("--tasks names one of them twice: name each once")
         if args.tasks == ["5-5"]:
             raise Refusal("--tasks 5-5 leaves the global vector, which is kept, as it began: add 1-5 or 1-7")
         channels = (4 if args.image_size == 32 else 8) * args.width

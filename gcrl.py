@@ -286,6 +286,7 @@ def arguments(argv):
     del args.sample                                                           # `main` has taken it
     if args.alpha == args.beta == 0:
         raise Refusal("--alpha 0 --beta 0 leaves nothing to learn: give one of them a weight")
+    parser.refuse_unused(args, ("tau", "crop_min", "jitter") if args.beta == 0 else (), "--beta 0")
     if args.width % args.heads:
         raise Refusal(f"--heads {args.heads} does not divide --width {args.width}")
     return args
@@ -311,11 +312,12 @@ def main(argv=None):
     images, batches = run.data()
     x = images.train.at(images.train.random_indices(2000))                    # (2000, 3, S, S) uint8
     palette = fit_palette(x, args.colours, args.seed)
+    if len(palette) == 1:
+        raise Refusal("the images have one colour: there is nothing to learn")
     args.colours = len(palette)                                               # fewer where the images have fewer
     first_pixels = torch.bincount(quantise(x[:, :, :1, :1], palette).flatten(), minlength=len(palette))
     palette_error = 255 * F.mse_loss(dequantise(quantise(x[:200], palette), palette), x[:200] / 255).sqrt().item()
     run.ready("palette", f"{len(palette)} colours, off by {palette_error:.1f} of 255 (RMS)")
-
     torch.manual_seed(args.seed)
     model = build_encoder(args, GCRL)
     model.set_palette(palette, first_pixels)
@@ -331,7 +333,6 @@ def main(argv=None):
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
     rng = augment.Random(args.seed, rank, world)
-
     predicted = args.image_size**2 - 1                                        # tokens that L_g scores
     notes = {"nats": f"a token; uniform {math.log(len(palette)):.3f}"} if generate else {}
     notes |= {"contrastive": f"chance {math.log(2 * args.batch_size - 1):.3f}"} if contrast else {}
@@ -349,8 +350,7 @@ def main(argv=None):
                 x2 = model.tokens(strong_view(x, rng, args.crop_min, args.jitter)) if contrast else None
                 with autocast:
                     log_p, z1, z2, h = net(x1, x2, generate, contrast, args.micro_batch)
-                losses = {}
-                # Each process sees the images of all: the losses are those of the whole batch.
+                losses = {}                                                   # of the whole batch, of all processes
                 if generate:
                     losses["nats"] = -distributed.gather(log_p).mean() / predicted            # L_g / (D - 1)
                 if contrast:

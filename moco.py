@@ -197,7 +197,7 @@ def nce(q, k, negatives, tau, images, own):
         others = (q @ negatives.T / tau).masked_fill(own, -math.inf)          # (N, m)
         drawn = (~own).sum(dim=1, keepdim=True)                               # (N, 1)
         log_z = others.detach().logsumexp(dim=(0, 1)) + math.log(images) - drawn.sum().log()
-        threshold = log_z + (drawn / images).log()                            # (N, 1)
+        threshold = log_z + (drawn.clamp(min=1) / images).log()               # (N, 1)
         positive = (q * k).sum(dim=1, keepdim=True) / tau - threshold         # (N, 1)
         return (F.softplus(-positive) + F.softplus(others - threshold).sum(dim=1, keepdim=True)).mean()
 
@@ -255,6 +255,7 @@ def arguments(argv):
     unused = {"queue": ("bank_m", "contrast"), "memory-bank": ("m", "symmetric", "no_shuffle"),
               "end-to-end": ("m", "bank_m", "contrast", "negatives")}[args.dictionary]
     parser.refuse_unused(args, unused, f"--dictionary {args.dictionary}")
+    parser.refuse_unused(args, ("no_shuffle",) if args.bn_groups == 1 else (), "--bn-groups 1")
     if args.dictionary == "queue" and args.negatives == 0:
         raise Refusal("--negatives 0 leaves the queue empty: give its length")
     if args.batch_size % args.bn_groups:
@@ -306,9 +307,8 @@ def main(argv=None):
     net.train()
     if bank and first_epoch == first_step == 0:
         # From random vectors training first learns to keep away from those seen so far, which takes long to unlearn.
-        fill_rng = augment.Random(args.seed, rank, world)
         for index, x in batches.every_image():
-            x = random_view(x, fill_rng, aspect=images.train.aspect[index])
+            x = random_view(x, rng, aspect=images.train.aspect[index])
             with torch.no_grad(), autocast:
                 q = model.query(x)[1]
             model.bank[distributed.gather(augment.send(index, device))] = distributed.gather(q)

@@ -48,8 +48,9 @@ def view(x, rng, size, crop_min, jitter, blur, aspect=None, names=RECIPE):
     blur: share of the views that are blurred. aspect: (N,), width / height of photographs squashed to these squares.
     names: which operations, of RECIPE and STUDIED; without "crop" the whole image is resized.
     """
-    n, s, scale = len(x), jitter, (crop_min, 1.0) if "crop" in names else (1.0, 1.0)
-    steps = augment.random_resized_crop(rng, x.shape, size, scale, aspect)
+    n, s = len(x), jitter
+    crop = ((crop_min, 1.0), aspect) if "crop" in names else ((1.0, 1.0), None, (1.0, 1.0))   # scale, aspect, ratio
+    steps = augment.random_resized_crop(rng, x.shape, size, *crop)
     if "flip" in names:
         steps += augment.random_horizontal_flip(rng, n)
     if "colour" in names:
@@ -193,11 +194,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, adapt=adapt))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self):
         for group in self.param_groups:
             for w in group["params"]:
                 if w.grad is None:
@@ -209,7 +206,6 @@ class LARS(torch.optim.Optimizer):
                 v = self.state[w].setdefault("momentum", torch.zeros_like(w))
                 v.mul_(group["momentum"]).add_(g, alpha=group["lr"])
                 w.sub_(v)
-        return loss
 
 
 def parameter_groups(model, weight_decay):
@@ -267,8 +263,10 @@ def arguments(argv):
     unused = {"nt-xent": ("semi_hard", "margin"), "logistic": ("margin",), "margin": ("tau",),
               "supervised": ("semi_hard", "margin", "tau", "head", "projection_dim")}[args.loss]
     parser.refuse_unused(args, unused, f"--loss {args.loss}")
-    if args.head == "none":
-        parser.refuse_unused(args, ("projection_dim",), "--head none")
+    parser.refuse_unused(args, ("projection_dim",) if args.head == "none" else (), "--head none")
+    for name, flag in (("colour", "jitter"), ("crop", "crop_min")):
+        if name not in args.augmentations and not (name == "crop" and args.one_branch):
+            parser.refuse_unused(args, (flag,), f"--augmentations without {name}")
     return args
 
 
@@ -300,15 +298,19 @@ def main(argv=None):
     rng = augment.Random(args.seed, rank, world)
     random_view = functools.partial(view, size=args.image_size, crop_min=args.crop_min, jitter=args.jitter,
                                     blur=args.blur, names=args.augmentations)
-    other_view = functools.partial(random_view, blur=0.0, names=["crop"]) if args.one_branch else random_view
 
-    criterion, chance = {                                                     # chance: of equal z, none semi-hard
+    def two_views(x, rng, aspect):
+        if args.one_branch:                                                   # of one crop, with the rest and without
+            crop = random_view(x, rng, aspect=aspect, blur=0.0, names=["crop"])
+            return random_view(crop, rng), crop
+        return random_view(x, rng, aspect=aspect), random_view(x, rng, aspect=aspect)
+
+    others = 0 if args.semi_hard else 1                                       # of equal z no negative is semi-hard
+    criterion, chance = {                                                     # chance: of equal z
         "nt-xent": (lambda z1, z2, y: nt_xent(z1, z2, args.tau), math.log(2 * args.batch_size - 1)),
         "logistic": (lambda z1, z2, y: logistic(z1, z2, args.tau, args.semi_hard),
-                     math.log1p(math.exp(-1 / args.tau)) +
-                     (0 if args.semi_hard else math.log1p(math.exp(-1 / args.tau)) + 1 / args.tau)),
-        "margin": (lambda z1, z2, y: margin_triplet(z1, z2, args.margin, args.semi_hard),
-                   0 if args.semi_hard else args.margin),
+                     (1 + others) * math.log1p(math.exp(-1 / args.tau)) + others / args.tau),
+        "margin": (lambda z1, z2, y: margin_triplet(z1, z2, args.margin, args.semi_hard), others * args.margin),
         "supervised": (lambda z1, z2, y: F.cross_entropy(torch.cat([z1, z2]), y.repeat(2)),
                        math.log(max(1, len(images.classes))))}[args.loss]
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
@@ -322,8 +324,7 @@ def main(argv=None):
             for step, index, x in batches.epoch(epoch, first_step):
                 for group in optimizer.param_groups:
                     group["lr"] = peak_lr * cosine(epoch * len(batches) + step, args.epochs * len(batches), args.warmup)
-                aspect = images.train.aspect[index]
-                views = torch.cat([random_view(x, rng, aspect=aspect), other_view(x, rng, aspect=aspect)])
+                views = torch.cat(two_views(x, rng, images.train.aspect[index]))
                 with autocast:
                     h, z = net(views.contiguous(memory_format=torch.channels_last))       # of 2N views
                 z1, z2 = z.float().chunk(2)                                   # (N, projection_dim) each
@@ -341,8 +342,7 @@ def main(argv=None):
             first_step = 0
 
     index, rng = images.train.random_indices(32), augment.Random(args.seed)
-    x, aspect = images.train.at(index), images.train.aspect[index]
-    run.picture("views.png", random_view(x, rng, aspect=aspect), other_view(x, rng, aspect=aspect))
+    run.picture("views.png", *two_views(images.train.at(index), rng, images.train.aspect[index]))
     return run.finish()
 
 

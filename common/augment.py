@@ -84,7 +84,7 @@ def crop_matrix(start, length, size, out):
     position = torch.arange(size, device=start.device) + 0.5 - start          # (N, 1, size) from the crop's edge
     centre = scale * (torch.arange(out, device=start.device)[:, None] + 0.5)  # (N, out, 1)
     weight = (position - centre).abs_().div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
-    weight.mul_((position > 0) & (position < length))                         # nothing from outside the crop
+    weight.mul_((position >= 0) & (position <= length))                       # nothing from outside the crop
     return weight.div_(weight.sum(dim=2, keepdim=True))
 
 
@@ -124,7 +124,9 @@ def random_resized_crop(rng, shape, size, scale, aspect=None, ratio=(3 / 4, 4 / 
     tall, wide = (height / aspect.clamp(max=1)).round(), (width * aspect.clamp(min=1)).round()
     top, left, h, w = crop_boxes(rng, n, tall, wide, scale, ratio)
     crop = functools.partial(resized_crop, size=size)
-    return [(crop, top * height / tall, left * width / wide, h * height / tall, w * width / wide)]
+    h, w = (h * height / tall).clamp(min=1), (w * width / wide).clamp(min=1)  # thinner, it could miss all pixels
+    top, left = torch.minimum(top * height / tall, height - h), torch.minimum(left * width / wide, width - w)
+    return [(crop, top, left, h, w)]
 
 
 def random_horizontal_flip(rng, n):

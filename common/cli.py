@@ -119,6 +119,8 @@ class RunParser(Parser):
             self.print_help()
             sys.exit(0)
         settings.pop("help")
+        if "data_dir" in given and "resume" not in given and (settings | given)["dataset"] in ("shapes", "patterns"):
+            raise Refusal("--data-dir means nothing to images that are drawn: add --dataset folder, or leave it out")
         if given.get("small") and (settings | given)["dataset"] == "shapes":
             raise Refusal("--small is for real images: --dataset shapes takes two minutes without it, leave it out")
         return argparse.Namespace(**settings | given)

@@ -207,6 +207,8 @@ def upright_size(image, _):
 def to_pixels(image, size, squash=False):
     """Any PIL image to uint8 (3, S, S): RGB, shorter side to S, centre crop, or all of it squashed to the square.
     Transparency is laid over white."""
+    if image.mode == "F" or image.mode == "I" and image.format == "TIFF":     # depths, say
+        raise ValueError(f"mode {image.mode} has no fixed range: save it with 8 or 16 bits a channel")
     if image.format == "JPEG":
         image.draft("RGB", (size, size))                                      # decodes at 1/2, 1/4 or 1/8 if enough
     image = ImageOps.exif_transpose(image)

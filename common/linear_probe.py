@@ -36,7 +36,8 @@ def chosen_fit(train_x, train_y, classes):
 
 def standardised(train_x, test_x):
     mean, deviation = train_x.float().mean(dim=0), train_x.float().std(dim=0)
-    deviation = torch.where(deviation > 1e-6, deviation, 1.0)                 # a feature that is dead in training
+    alive = deviation > 1e-6 * train_x.float().abs().amax(dim=0)              # not constant in training
+    deviation = torch.where(alive, deviation, 1.0)
     return (train_x.float() - mean) / deviation, (test_x.float() - mean) / deviation
 
 
@@ -167,10 +168,10 @@ class WhitenedPixels(torch.nn.Module):
 
 def feature_std(h):
     """The standard deviation of unit features: of h (N, D), the root mean square distance of h / |h| from its mean, a
-    scalar tensor from 0 (one direction: collapse) to 1 (all over the sphere). SimSiam (Chen & He 2020, 2011.10566)
-    plots the mean over the D dimensions, 1 / sqrt(D) of it if all vary alike."""
+    scalar tensor from 0 (collapse: one direction, or all h are 0) to 1 (all over the sphere). SimSiam (Chen & He 2020,
+    2011.10566) plots the mean over the D dimensions, 1 / sqrt(D) of it if all vary alike."""
     h = F.normalize(h.detach().float(), dim=1)
-    return (1 - h.mean(dim=0).square().sum()).clamp(min=0).sqrt()
+    return (h.square().sum(dim=1).mean() - h.mean(dim=0).square().sum()).clamp(min=0).sqrt()
 
 
 def alignment(a, b):
@@ -183,7 +184,8 @@ def uniformity(h):
     """Log of the mean of e^(-2 d^2) over the pairs of different images, d the distance of their unit features, h
     (N, D): a scalar tensor from 0 (one point) down to about -4 (all over the sphere) (Wang & Isola, t 2)."""
     h = F.normalize(h.float(), dim=1)
-    d2 = (2 - 2 * h @ h.T).clamp(min=0)[~torch.eye(len(h), dtype=torch.bool, device=h.device)]
+    norm2, different = h.square().sum(dim=1), ~torch.eye(len(h), dtype=torch.bool, device=h.device)    # 1, or of 0 0
+    d2 = (norm2[:, None] + norm2 - 2 * h @ h.T).clamp(min=0)[different]
     return (-2 * d2).exp().mean().log() if len(h) > 1 else torch.zeros(())
 
 

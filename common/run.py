@@ -62,6 +62,8 @@ class Run:
         s = self.settings
         if s.get("store_size") and s["dataset"] != "folder":
             raise Refusal("--store-size is for the photographs of --dataset folder: leave it out")
+        if (s.get("store_size") or s["image_size"]) < s["image_size"]:
+            raise Refusal(f"--store-size {s['store_size']} is less than --image-size {s['image_size']}: raise it")
         self.images = data.load(s["dataset"], data_dir or s["data_dir"], s["image_size"], self.device, s["workers"],
                                 s["cache_gb"], s["seed"], store_size)
         batches = data.Batches(self.images.train, s["batch_size"], s["seed"], *distributed.rank_and_world())
@@ -99,7 +101,8 @@ class Run:
         self.write_json("args.json", {
             "method": self.method, "settings": self.settings, "argv": sys.argv, "device": device,
             "python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "numpy": np.__version__, "threads": torch.get_num_threads()})
+            "numpy": np.__version__, "threads": torch.get_num_threads(),
+            **{name: str(value) for name, value in self.facts.items()}})
 
     def write(self, name, write):
         if self.rank == 0:

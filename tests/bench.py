@@ -43,6 +43,8 @@ def medians(device, repeats, *functions):
     def wait():
         if device.type == "cuda":
             torch.cuda.synchronize()
+        elif device.type == "mps":
+            torch.mps.synchronize()
     seconds = [[] for _ in functions]
     for function in functions:
         function()
@@ -320,7 +322,8 @@ def bench_gcrl_memory(device, amp):
     show("gcrl at the defaults of cifar10: weights, gradients and Adam's means, GB", f"{weights / 1e9:.2f}")
     for dtype in dict.fromkeys((amp, torch.bfloat16, None)):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            image = saved_bytes(lambda: model(tokens, tokens, True, True)) / n
+            both, one = (saved_bytes(lambda: model(x, x, True, True)) for x in (tokens, tokens[:1]))
+        image = both - one                                                    # without the weights in bf16
         name = str(dtype or torch.float32).removeprefix("torch.")
         show(f"  activations of one image, {name}, GB", f"{image / 1e9:.3f}")
         for micro_batch in (8, 16, args.batch_size):
@@ -330,6 +333,8 @@ def bench_gcrl_memory(device, amp):
 
 def of_checkout(folder):
     """The gcrl module of another checkout, with its own common/."""
+    if not (Path(folder) / "gcrl.py").is_file():
+        sys.exit(f"bench.py: --beside {folder} has no gcrl.py")
     ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in ("gcrl", "common")}
     sys.path.insert(0, str(folder))
     try:

@@ -186,6 +186,8 @@ def verdict(values, arms, comparisons):
     for a, sign, b in comparisons:
         alike = [values[arm] for arm in values if measure_of(arms[arm])[0] == measure_of(arms[a])[0]]
         free = sum(len(x) - 1 for x in alike)
+        if free == 0:
+            return UNKNOWN
         spread = math.sqrt(sum(statistics.variance(x) * (len(x) - 1) for x in alike if len(x) > 1) / free)
         error = spread * math.sqrt(1 / len(values[a]) + 1 / len(values[b]))
         gap = (statistics.mean(values[a]) - statistics.mean(values[b])) * (-1 if sign == LESS else 1)
@@ -247,20 +249,25 @@ def measure(words, data, seed, folder, kept, evaluation, rounds):
     place, log = data[data.index("--data-dir") + 1] if "--data-dir" in data else "DIR", folder.with_suffix(".log")
     words = [*words, *data, "--seed", str(seed), "--out", str(folder)]
     command = shlex.join(["python", *words[:-2]]).replace(place, "DIR")
+    evaluated = ["/".join(Path(word).parts[-2:]) for word in evaluation]      # without the path of a folder
     row = json.loads(kept.read_text()) if kept.exists() and not folder.exists() else {}
-    if row.get("command") == command and (row["evaluation"] or not evaluation):
+
+    def has_evaluation(row):
+        return not evaluated or row.get("evaluated", evaluated if row.get("evaluation") else []) == evaluated
+    if row.get("command") == command and has_evaluation(row):
         return row
     started = (folder / "args.json").exists()
     if started:
         check(words, folder)
     if not (folder / "result.json").exists():
         run([words[0], "--resume", str(folder)] if started else words, log, rounds)
-    if evaluation and not (folder / "evaluation.json").exists():
+    stored = json.loads(kept.read_text()) if kept.exists() else {}
+    if evaluation and not ((folder / "evaluation.json").exists() and (not stored or has_evaluation(stored))):
         run(["-m", "common.evaluation", str(folder), *evaluation], log)
     about = json.loads((folder / "args.json").read_text())
     judged = folder / "evaluation.json"
     judged = json.loads(judged.read_text()) if judged.exists() else {}
-    row = {"command": command, **about, "argv": None,
+    row = {"command": command, "evaluated": evaluated or stored.get("evaluated", []), **about, "argv": None,
            "result": json.loads((folder / "result.json").read_text()), "evaluation": next(iter(judged.values()), {}),
            "log": [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]}
     row["settings"] |= {"data_dir": "DIR", "out": None}
@@ -270,8 +277,7 @@ def measure(words, data, seed, folder, kept, evaluation, rounds):
         for entry in row["evaluation"].get(table, {}).values():
             entry.pop("draws", None)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    stored = json.loads(kept.read_text()) if kept.exists() else {}
-    row["commit"] = stored.get("commit") or commit.stdout.strip()
+    row["commit"] = stored["commit"] if stored.get("command") == command else commit.stdout.strip()
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(row) + "\n")
     print(f"{time.strftime('%H:%M')} {row['command']}: linear {100 * row['result']['linear']['trained']:.1f}",
@@ -308,8 +314,8 @@ def markdown(lines):
 
 def machine(rows):
     """The sentence that says on what, and with what, the rows were measured."""
-    told = sorted({f"{row['device']}, torch {row['torch']}, {row['threads']} thread{'s' * (row['threads'] > 1)} a run"
-                   for row in rows})
+    told = sorted({f"{row['device']}, {row.get('precision', '')}, torch {row['torch']}, {row['threads']} "
+                   f"thread{'s' * (row['threads'] > 1)} a run".replace(", ,", ",") for row in rows})
     return f"Measured on: {'; '.join(told)}; commits {', '.join(sorted({row['commit'] for row in rows}))}."
 
 
@@ -354,6 +360,9 @@ def read_rows(folder):
     """{row: [what is kept of each seed in `folder`]}."""
     kept = {row: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{slug(row)}-[0-9]*.json"))]
             for row in (*ROWS, *LONGER)}
+    for row, rows in kept.items():
+        if len({re.sub(r"--seed \d+", "", each["command"]) for each in rows}) > 1:
+            sys.exit(f"results.py: {folder} has seeds of {row} by different commands: delete what is out of date")
     return {row: rows for row, rows in kept.items() if rows}
 
 
@@ -452,7 +461,8 @@ def main(argv=None):
     data = [] if name.startswith("shapes") else ["--dataset", "cifar10", "--data-dir", str(ROOT / "data")]
     if args.data_dir:
         folder = args.data_dir.resolve()
-        data = ["--dataset", "folder", "--data-dir", str(subset(folder, out / "images") if claims else folder)]
+        some = out / f"images-{hashlib.sha1(str(folder).encode()).hexdigest()[:10]}"
+        data = ["--dataset", "folder", "--data-dir", str(subset(folder, some) if claims else folder)]
     others = [str(Path(other).resolve()) if Path(other).is_dir() else other for other in args.ood]
     evaluation = ["--labels", *map(str, args.labels)] if args.labels else []
     evaluation += ["--ood", *others] if others else []

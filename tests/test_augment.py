@@ -405,3 +405,12 @@ def test_every_pixel_of_the_photograph_can_be_seen_and_proportions_are_kept(aspe
     tall = (views[:, 0, -1] - views[:, 0, 0]).mean(1)
     wide = (views[:, 1, :, -1] - views[:, 1, :, 0]).mean(1)
     assert (aspect * wide / tall).log().mean().abs() < 0.05
+
+
+@pytest.mark.parametrize("side, aspect, least", [(8, 8.0, 0.08), (16, 1 / 8, 0.01), (64, 8.0, 0.001)])
+def test_the_thinnest_crop_has_a_pixel(side, aspect, least):
+    x = torch.rand(500, 3, side, side)
+    steps = augment.random_resized_crop(augment.Random(0), x.shape, 8, (least, 1.0), torch.full((500,), aspect))
+    assert augment.apply(x, steps).isfinite().all()
+    start = torch.tensor([0.5, 0.0, 3.0])
+    assert augment.crop_matrix(start, torch.ones(3), 4, 2).sum(dim=2).allclose(torch.ones(3, 2))

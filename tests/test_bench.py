@@ -5,6 +5,11 @@ import pytest
 import bench
 
 
+def test_beside_a_folder_without_the_script(here):
+    with pytest.raises(SystemExit, match="has no gcrl.py"):
+        bench.of_checkout(here)
+
+
 @pytest.mark.parametrize("amp", ["bf16", "off"])
 @pytest.mark.parametrize("part", bench.PARTS)
 def test_part(part, amp, tiny, monkeypatch, capsys, here):

@@ -41,6 +41,14 @@ def test_info_nce_is_the_equation_with_its_gradient(m, d):
         assert (x.grad - y.grad).norm() <= 1e-4 * y.grad.norm() + 1e-7
 
 
+def test_the_smallest_patches_keep_their_colour():
+    """A shift by a whole patch has nothing to mirror at the border."""
+    x = torch.full((2, 3, 8, 8), 128, dtype=torch.uint8)
+    for patch in (1, 2, 4):
+        patches = cpc.view(x, augment.Random(0), 8, 0.5, "v1", 0.0, patch, patch)
+        assert patches.allclose(torch.tensor(128 / 255), atol=1e-5)
+
+
 def test_info_nce_chance_and_bound():
     """Equal targets: log(M). However good the predictions, log(M) - loss does not exceed log(M). float32 under bf16."""
     assert cpc.info_nce(torch.randn(9, 4), torch.ones(9, 4)).item() == pytest.approx(math.log(9), rel=1e-5)

@@ -210,6 +210,14 @@ def test_plain_images_keep_their_colour(tmp_path, image, want):
     assert (only(tmp_path) == torch.tensor(want)[:, None, None]).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_numbers_without_a_range_are_refused(tmp_path, dtype):
+    """Depths in metres, say, would be black."""
+    save(tmp_path / "depth.tif", Image.fromarray(np.full((20, 20), 7, dtype)))
+    with pytest.raises(Refusal, match="depth.tif cannot be read as an image .*no fixed range"):
+        load("folder", tmp_path, 16, CPU, 0, 1.0)
+
+
 @pytest.mark.parametrize("suffix, tolerance", [
     (".jpg", 3), (".JPEG", 3), (".webp", 4), (".bmp", 0), (".ppm", 0), (".tif", 0), (".PNG", 0)])
 def test_file_types(tmp_path, suffix, tolerance):

@@ -184,6 +184,11 @@ def test_loss_is_the_weighted_sum(views, estimator, critic):
     assert [t.item() for t in terms] == pytest.approx([t.item() for t in expected], rel=1e-4)
 
 
+def test_each_task_once():
+    with pytest.raises(Refusal, match="--tasks"):
+        dim.arguments("--objective multiscale --dataset cifar10 --tasks 1-5 1-5".split())
+
+
 def test_chance_of_the_adversary(tiny, here, capsys):
     """A D of 0 is at the level that is printed as chance."""
     dim.main(tiny("dim", "--objective", "global", "--gamma", 1, "--epochs", 1))

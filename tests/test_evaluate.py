@@ -179,6 +179,15 @@ def test_judges_any_run_as_its_script_did(run, script, finished, capsys):
     assert "whitened pixels" in capsys.readouterr().out
 
 
+def test_precision_is_the_runs(finished, here):
+    """Without --amp, whatever the machine would take; and args.json says what the run was trained in."""
+    shutil.copytree(finished("simclr").folder, here / "run")
+    result = evaluate.main([here / "run", "--device", "cpu", "--workers", 0])
+    for measure in ("linear", "knn"):
+        assert result[measure].items() <= finished("simclr").metrics[measure].items()
+    assert json.loads((here / "run" / "args.json").read_text())["precision"] == "torch.float32"
+
+
 def test_judges_labels_finetuning_and_strangers(run, script, images, capsys):
     """All of it at once, added to what was there; the folder's own images are not strange, AUROC one half."""
     judge(run)
@@ -196,6 +205,8 @@ def test_judges_labels_finetuning_and_strangers(run, script, images, capsys):
     assert all(0 <= v <= 1 for score in strange["patterns"].values() for v in score.values())
     out = capsys.readouterr().out
     assert "AUROC" in out and "from scratch" in out and "+-" in out
+    chance = 100 * 1000 / (1000 + len(list((images / "test").glob("*/*"))))   # of the 1,000 of patterns
+    assert f"{'by guessing':34}{50:8.1f}{chance:8.1f}{95:8.1f}" in out
 
 
 def test_transfer(finished, here):
@@ -245,6 +256,7 @@ def test_autocast_leaves_the_tokens():
     (["--finetune", "--frozen-stages", 0, 9], "--frozen-stages 9"), (["--frozen-stages", 1], "without --finetune"),
     (["--epochs", 5], "without --finetune"), (["--draws", 2], "without --labels"), (["--draws", 0], "--draws"),
     (["--blocks"], "--blocks"), (["--ood", "nowhere"], "--ood nowhere"),
+    (["--dataset", "shapes", "--data-dir", "x"], "--data-dir"),
     (["--ood", "cifar11"], "--ood cifar11"), (["--labels", 2], "--labels"), (["--dataset", "mnist"], "--dataset")])
 def test_refusals(flags, named, finished, here):
     with pytest.raises(Refusal, match=named):

@@ -5,8 +5,10 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 import gcrl
+from common.cli import Refusal
 from gcrl import GCRL
 
 
@@ -131,6 +133,16 @@ def test_sampling_keeps_what_is_given_and_honours_top_k_and_temperature():
     assert torch.equal(greedy[:, 1:], best[:, 1:]) and torch.equal(cold, greedy)
     again = [model.sample(4, generator=torch.Generator().manual_seed(2)) for _ in range(2)]
     assert torch.equal(*again)
+
+
+def test_images_of_one_colour_are_refused(tiny, here, tmp_path):
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / part / name / f"{i}.png")
+    with pytest.raises(Refusal, match="one colour"):
+        gcrl.main(tiny("gcrl", "--data-dir", tmp_path))
 
 
 def test_palette_finds_the_colours_and_round_trips():

@@ -67,6 +67,15 @@ def fits(monkeypatch):
 # ---- linear probe and MLP
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e-7, 1e7])
+def test_the_scale_of_features_does_not_matter(scale):
+    x = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long()
+    x = torch.cat([x, torch.full((400, 1), 3.3)], dim=1)                      # and a constant
+    accuracy = [linear_probe.linear_probe(s * x[:300], y[:300], s * x[300:], y[300:]) for s in (1.0, scale)]
+    assert accuracy[0] == accuracy[1] > 0.9
+
+
 def test_mlp_solves_what_is_not_linear():
     """The exclusive or of two signs: at chance for the linear probe, above 0.9 for the MLP; the same each time, and the
     global random numbers go on as if nothing had been drawn."""

@@ -116,6 +116,27 @@ def test_the_bank_begins_with_all_images(tiny, here, monkeypatch):
     assert banks[0].shape == (40, 128) and (banks[0] != banks[1]).any(dim=1).all()
 
 
+@pytest.mark.parametrize("script", [moco, cmc])
+def test_the_first_epoch_has_other_views_than_the_bank(script, tiny, here, monkeypatch):
+    """With all images as negatives nothing else draws: from the same random numbers each would meet itself."""
+    seen, view = [], script.view
+    monkeypatch.setattr(script, "view", lambda *args, **kwargs: seen.append(view(*args, **kwargs)) or seen[-1])
+    flags = ["--negatives", 0, *(["--graph", "full"] if script is cmc else [])]
+    script.main(tiny(script, "--dictionary", "memory-bank", "--epochs", 1, *flags))
+    seen = [x for x in seen if x.shape == seen[0].shape]
+    assert len(seen) >= 10 and not any(a.equal(b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+@pytest.mark.parametrize("loss", [moco.nce, cmc.nce])
+def test_nce_of_no_negatives(loss):
+    """Where all that was drawn is the anchor's own, its term has the positive alone, and a gradient."""
+    q = unit(3, 4).requires_grad_()
+    own = torch.tensor([[True, True], [False, True], [False, False]])
+    value = loss(q, unit(3, 4), unit(2, 4), 0.2, 6, own)
+    value.backward()
+    assert value.isfinite() and q.grad.isfinite().all()
+
+
 def test_bank_update_by_value():
     """bank = normalised 0.5 bank + 0.5 q for the batch's images, nothing for the others."""
     model, index, q = new_model("memory-bank", 6, bank_m=0.5), torch.tensor([4, 1]), unit(2, 5)

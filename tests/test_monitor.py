@@ -203,6 +203,7 @@ def test_uniformity_is_the_loops():
     assert linear_probe.uniformity(7 * h).item() == pytest.approx(math.log(total / (25 * 24)), rel=1e-4)
     assert linear_probe.uniformity(torch.ones(9, 4)).item() == pytest.approx(0, abs=1e-5)
     assert linear_probe.uniformity(torch.ones(1, 4)).item() == 0              # one image is one point
+    assert linear_probe.uniformity(torch.zeros(9, 4)).item() == 0
     sphere = torch.randn(3000, 400, generator=torch.Generator().manual_seed(0))
     assert linear_probe.uniformity(sphere).item() == pytest.approx(-4, abs=0.05)
 

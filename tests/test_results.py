@@ -64,6 +64,7 @@ def test_verdict():
     assert told(edge + 0.01, [("a", results.NOT_MORE, "b")]) == "does not hold here"
     assert told(edge + 0.01, more + [("b", results.MORE, "c")]) == "cannot be told"
     assert told(edge + 0.01, more + [("b", results.MORE, "a")]) == "does not hold here"
+    assert results.verdict({"a": [9.0], "b": [4.0]}, arms, more) == "cannot be told"        # one seed
 
 
 @pytest.fixture
@@ -122,6 +123,26 @@ def test_measures_once_and_goes_on(in_process, images, tmp_path, monkeypatch):
         results.main(flags)
 
 
+def test_other_rows_and_other_evaluations_are_not_taken(in_process, images, tmp_path, monkeypatch):
+    """A kept row is evaluated again with other flags; a changed command has its own commit; seeds by different commands
+    are not averaged; claims of other images have a folder of their own."""
+    monkeypatch.setitem(results.BUDGETS, "small", "")
+    flags = ["--budget", "small", "--data-dir", str(images), "--out", str(tmp_path / "runs"), "--rows", "SimCLR"]
+    results.main([*flags, "--labels", "0.5"])
+    kept = tmp_path / "kept" / "small" / "simclr-0.json"
+    results.main([*flags, "--labels", "0.5"])
+    assert len(in_process) == 2
+    results.main([*flags, "--labels", "0.3"])
+    row = json.loads(kept.read_text())
+    assert len(in_process) == 3 and "0.3" in row["evaluation"]["labels"]
+    kept.write_text(json.dumps({**row, "command": "python other.py", "commit": "0000000"}))
+    results.main([*flags, "--labels", "0.3"])
+    assert json.loads(kept.read_text())["commit"] != "0000000"
+    kept.with_name("simclr-1.json").write_text(json.dumps({**row, "command": row["command"] + " --lr 1 --seed 1"}))
+    with pytest.raises(SystemExit, match="different commands"):
+        results.main([*flags, "--labels", "0.3"])
+
+
 def test_says_how_long_all_takes(tmp_path, capsys):
     """By the run's own estimate, after a while; a run that fails names its log."""
     program = "import time; print('epoch 1/9  12 images/s  2:59:59 left', flush=True); time.sleep(3)"
@@ -145,7 +166,7 @@ def test_claims(in_process, images, tmp_path, monkeypatch):
     results.main(["--claims", "--data-dir", str(images), "--out", str(tmp_path / "runs")])
     assert [words[0] for words in in_process] == ["simclr.py"] * 4
     rows = [json.loads(path.read_text()) for path in (tmp_path / "kept" / "claims").iterdir()]
-    assert len(rows) == 4 and len(list((tmp_path / "runs" / "images" / "train" / "red").iterdir())) == 10
+    assert len(rows) == 4 and len(list((tmp_path / "runs").glob("images-*/train/red/*"))) == 10
     table = (tmp_path / "kept" / "claims.md").read_text()
     slow = sorted(row["log"][-1]["loss"] for row in rows if "--lr" not in row["command"])
     assert f"slow {sum(slow) / 2:.3f} ± {(slow[1] - slow[0]) / math.sqrt(2):.3f}" in table

@@ -398,6 +398,7 @@ def test_cosine():
 def test_feature_std():
     """0 for one direction at any length, near 1 for opposite ones, finite at zero."""
     assert feature_std(torch.arange(1, 9)[:, None] * torch.ones(8, 4)).item() == pytest.approx(0, abs=1e-3)
+    assert feature_std(torch.zeros(8, 4)).item() == 0                         # a dead encoder is no perfect one
     assert feature_std(torch.cat([torch.eye(4), -torch.eye(4)])).item() == pytest.approx(1)
     assert torch.isfinite(feature_std(torch.zeros(3, 4)))
 

@@ -243,23 +243,26 @@ BAD = {
     "all": ["--epochs 0", "--epochs two", "--batch-size 1", "--batch-size 41", "--tau 0", "--tau -1", "--tau nan",
              "--tau inf", "--lr -1", "--lr 0", "--weight-decay -1", "--image-size 4", "--crop-min 0", "--crop-min 2",
              "--width 0", "--device nonsense", "--dataset mnist", "--seed -1",
-             "--workers -1", "--cache-gb nan", "--amp fp8", "--data-dir nowhere", "--learning-rate 1", "--resume"],
-    "simclr": ["--store-size 64 --dataset shapes", "--margin 0.5", "--semi-hard", "--tau 0.3 --loss margin",
+             "--workers -1", "--cache-gb nan", "--amp fp8", "--data-dir nowhere", "--learning-rate 1", "--resume",
+             "--data-dir x --dataset shapes"],
+    "simclr": ["--store-size 64 --dataset cifar10", "--margin 0.5", "--semi-hard", "--tau 0.3 --loss margin",
                "--projection-dim 3 --head none", "--head linear --loss supervised", "--blur 1.1", "--arch resnet9",
-               "--stem big", "--optimizer adam", "--warmup 2", "--jitter -1"],
+               "--stem big", "--optimizer adam", "--warmup 2", "--jitter -1", "--jitter 0.3 --augmentations crop",
+               "--crop-min 0.5 --augmentations flip", "--store-size 8 --image-size 16"],
     "moco": ["--contrast nce", "--dictionary book", "--negatives 0", "--negatives -1", "--m 2", "--bank-m -1",
              "--head none", "--blur 2",
              "--bn-groups 3", "--bn-groups 0", "--symmetric --dictionary memory-bank", "--schedule none",
-             "--dictionary memory-bank --no-shuffle"],
+             "--dictionary memory-bank --no-shuffle", "--no-shuffle --bn-groups 1"],
     "cmc": ["--views hsv", "--views-dir x", "--graph star", "--contrast l2", "--negatives -1", "--bank-m 1.5",
-            "--jitter -1", "--dictionary queue", "--dataset fashionmnist"],
+            "--jitter -1", "--dictionary queue", "--dataset fashionmnist", "--graph core --views lab"],
     "cpc": ["--patch 0", "--patch 9", "--stride 0", "--stride 3", "--steps 1", "--steps 3", "--directions 2",
             "--norm group", "--augmentation v3", "--colour-drop 0.5 --augmentation v1",
             "--context-width 0", "--warmup 2"],
     "dim": ["--objective all", "--estimator nwj", "--critic sum", "--alpha -1", "--beta -1", "--gamma nan", "--units 0",
-            "--depth 0", "--views 3", "--arch resnet9", "--image-size 12", "--beta 0", "--objective multiscale"],
+            "--depth 0", "--views 3", "--arch resnet9", "--image-size 12", "--beta 0", "--objective multiscale",
+            "--stem cifar --arch conv"],
     "gcrl": ["--warmup 2", "--jitter -1", "--alpha 0 --beta 0", "--alpha -1", "--heads 3", "--heads 0",
-             "--colours 1", "--encoder-layers 0"],
+             "--colours 1", "--encoder-layers 0", "--tau 0.5 --beta 0", "--jitter 0.1 --beta 0"],
 }
 
 
@@ -489,7 +492,7 @@ def test_beta_zero(tiny, here, monkeypatch):
 
 
 @pytest.mark.parametrize("script, flags", [
-    (simclr, "--optimizer lars"), (simclr, "--loss supervised --dataset shapes --batch-size 500"),
+    (simclr, "--optimizer lars"), (simclr, "--loss supervised"),
     (simclr, "--head mlp-bn"),
     (moco, "--dictionary memory-bank --contrast nce"), (simclr, "--loss logistic --semi-hard --head linear"),
     (simclr, "--loss margin --head none --augmentations cutout rotation noise sobel --one-branch"),

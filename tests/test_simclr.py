@@ -145,6 +145,27 @@ def test_views_are_the_papers_in_range_and_differ():
         assert 0 <= a.min() and a.max() <= 1 and (a - b).abs().mean() > 0.01
 
 
+@pytest.mark.parametrize("flags, other", [("--augmentations flip", "flip"), ("--augmentations crop grey", "crop")])
+def test_one_branch_shares_a_crop(flags, other, tiny, here, monkeypatch):
+    """Figure 5: the operations are on one of two copies of the same crop."""
+    pairs = []
+    monkeypatch.setattr(simclr.Run, "picture", lambda run, name, *views: pairs.append(views))
+    simclr.main(tiny("simclr", "--one-branch", *flags.split(), "--blur", 0, "--epochs", 1))
+    (x1, x2), = pairs
+    same, flipped = ((x1 - x).abs().flatten(1).amax(dim=1) < 1e-6 for x in (x2, x2.flip(3)))
+    if other == "flip":
+        assert (same | flipped).all() and same.any() and flipped.any()
+    else:                                                                     # a crop of the crop
+        assert same.float().mean() < 0.5
+
+
+def test_without_crop_the_whole_photograph_is_seen():
+    """Of squares that photographs were squashed to, too."""
+    x = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    views = simclr.view(x, augment.Random(0), 16, 1.0, 0.0, 0.0, torch.full((8,), 2.0), names=[])
+    assert views.allclose(x / 255, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [8, 16, 24, 40])
 def test_blur_blurs_at_any_size(size):
     x = torch.randint(0, 256, (8, 3, size, size), dtype=torch.uint8)

@@ -34,7 +34,7 @@ def arguments(argv):
     add("--neighbours", nargs="+", metavar="IMAGE", help="your images beside the training images with the nearest "
         "features, nearest.png; and their names")
     add("--device", default="auto", help="auto (CUDA, else MPS, else the CPU), cpu, mps, cuda or cuda:N")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision, as in training")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision (default: the run's)")
     number("--workers", cli.cores(), "[0, inf)", "processes that decode images")
     number("--cache-gb", 8.0, "[0, inf)", "GB of decoded images kept on the device")
     args = parser.parse_args(sys.argv[1:] if argv is None else [str(a) for a in argv])
@@ -51,9 +51,9 @@ def main(argv=None):
     """Prints the tables and returns what RUN/evaluation.json has for the data set."""
     args = arguments(argv)
     device, folder = cli.pick_device(args.device), Path(args.run)
-    amp = cli.pick_amp(args.amp, device)
-    autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     settings, encoder = runs.load_encoder(args.run, device)
+    amp = cli.pick_amp(args.amp or settings.amp, device)
+    autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     if max(args.frozen_stages) > (n := len(few_labels.stages(encoder))):
         raise Refusal(f"--frozen-stages {max(args.frozen_stages)} is more than the encoder has, {n}")
     generator = runs.load_generator(args.run, device, needed=False) if args.ood or args.blocks else None
@@ -70,6 +70,8 @@ def main(argv=None):
     def open_data(name, folder):
         return load(name, folder, settings.image_size, device, args.workers, args.cache_gb, settings.seed)
 
+    if args.data_dir and name in NAMES[:2]:
+        raise Refusal(f"--data-dir means nothing to --dataset {name}, which is drawn: leave one of them out")
     images, outside = open_data(name, place), {}
     if args.export:
         features.export(Path(args.export), images, encoder, autocast)

@@ -135,7 +135,8 @@ def detect(images, labelled_x, encoder, outside, generator, autocast):
     own, results = scores(own_x, images.test), {}
     for name, part in outside.items():
         theirs, results[name] = scores(linear_probe.features(encoder, part, autocast), part), {}
-        print(f"\n{'strange: ' + name:34}{'AUROC':>8}{'AUPR':>8}{'FPR95':>8}")
+        print(f"\n{'strange: ' + name:34}{'AUROC':>8}{'AUPR':>8}{'FPR95':>8}\n"
+              f"{'by guessing':34}{50:8.1f}{100 * len(part) / (len(part) + len(own_x)):8.1f}{95:8.1f}")
         for score, x in own.items():
             values = auroc(x, theirs[score]), aupr(x, theirs[score]), fpr(x, theirs[score])
             results[name][score] = dict(zip(("auroc", "aupr", "fpr95"), values))
