@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Training in several processes (torchrun): the results are those of one process with the whole batch."""
+"""Training in several processes (torchrun): the results are those of one process with the whole batch. (Batch norm in
+MoCo's groups keeps the first process's running statistics, which are the noisier for it.)"""
 import datetime
 import os
 import time
