@@ -19,12 +19,13 @@ What is kept, and probed, is f_q without its head.
     python moco.py --dataset cifar10                        # ResNet-18, 200 epochs
 
 Differences from the papers: batch norm in --bn-groups and shuffled keys work on one device, too; a query's own vector
-in the memory bank is no negative; its views are flipped (Wu et al.: not); the bank begins as the untrained encoder's
-output on the first epoch's views (Wu et al.: at random); nce's Z is estimated on each batch (Wu et al.: on the first;
-on `shapes` the loss then rises to hundreds); --symmetric averages both directions (MoCo's CIFAR demo: the sum).
+in the memory bank is no negative; the bank's views are flipped (Wu et al.: not) and it begins as the untrained
+encoder's output (Wu et al.: at random); nce's Z is estimated on each batch (Wu et al.: on the first; on `shapes` the
+loss then rises to hundreds); --symmetric averages both directions (MoCo's CIFAR demo: the sum); inputs are in [0, 1].
 
-Measured, linear / kNN: `shapes` over three seeds queue 66.1 / 50.8 (untrained 30.9 / 15.9) on a Xeon, memory bank 59.6
-/ 45.4, end-to-end 73.9 / 59.4 (30.8 / 15.8) on an EPYC; `--dataset cifar10 --small` 60.7 / 58.8 (37.5 / 33.0).
+Measured, linear / kNN: `shapes` over three seeds queue 66.1 / 50.8 (untrained 30.9 / 15.9) on a Xeon, end-to-end 73.9 /
+59.4 (30.8 / 15.8) on an EPYC; memory bank 59.6 / 45.4 there, but 37.9 / 19.9 (seed 0) on the Xeon, where 35 epochs are
+too few; `--dataset cifar10 --small` 60.7 / 58.8 (37.5 / 33.0).
 """
 import copy
 import functools
@@ -294,21 +295,20 @@ def main(argv=None):
     schedule = {"cosine": cosine, "steps": step_decay}[args.schedule]
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
-    rng, bank_rng = (augment.Random(args.seed, rank, world) for _ in range(2))
+    rng = augment.Random(args.seed, rank, world)
     random_view = functools.partial(view, size=args.image_size, crop_min=args.crop_min,
                                     augmentation=args.augmentation, blur=args.blur)
     negatives = args.batch_size - 1 if args.dictionary == "end-to-end" else args.negatives or n - 1
     chance = math.log(1 + negatives) + (negatives * math.log1p(1 / negatives) if args.contrast == "nce" else 0)
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
-    run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng, bank_rng=bank_rng)
+    run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
     run.watch(autocast, {"trained": model.query.encoder})
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     if bank and first_epoch == first_step == 0:
-        # From random vectors training first learns to keep away from those seen so far. The views are those of the
-        # first epoch: images are told apart before views have to agree (`shapes`: 59.6 % linear, with others 37.9).
+        # From random vectors training first learns to keep away from those seen so far, which takes long to unlearn.
         for index, x in batches.every_image():
-            x = random_view(x, bank_rng, aspect=images.train.aspect[index])
+            x = random_view(x, rng, aspect=images.train.aspect[index])
             with torch.no_grad(), autocast:
                 q = model.query(x)[1]
             model.bank[distributed.gather(augment.send(index, device))] = distributed.gather(q)
@@ -324,7 +324,7 @@ def main(argv=None):
                 if bank:                                                      # of the whole batch of all processes
                     index, drawn = distributed.gather(augment.send(index, device)), torch.arange(n, device=device)
                     if args.negatives:                                        # else all vectors of the bank
-                        drawn = augment.send(torch.randint(n, (args.negatives,), generator=bank_rng.generator), device)
+                        drawn = augment.send(torch.randint(n, (args.negatives,), generator=rng.generator), device)
                     draws = dict(index=index, drawn=drawn)
                 else:
                     order = torch.randperm(args.batch_size, generator=rng.generator)

@@ -116,15 +116,15 @@ def test_the_bank_begins_with_all_images(tiny, here, monkeypatch):
     assert banks[0].shape == (40, 128) and (banks[0] != banks[1]).any(dim=1).all()
 
 
-@pytest.mark.parametrize("script, again", [(moco, True), (cmc, False)])
-@pytest.mark.parametrize("negatives", [0, 7])
-def test_the_views_of_the_bank(script, again, negatives, tiny, here, monkeypatch):
-    """Of MoCo's bank the first epoch has the same, whatever is drawn; of CMC's it has others."""
+@pytest.mark.parametrize("script", [moco, cmc])
+def test_the_first_epoch_has_other_views_than_the_bank(script, tiny, here, monkeypatch):
+    """With all images as negatives nothing else draws: from the same random numbers each would meet itself."""
     seen, view = [], script.view
     monkeypatch.setattr(script, "view", lambda *args, **kwargs: seen.append(view(*args, **kwargs)) or seen[-1])
-    script.main(tiny(script, "--dictionary", "memory-bank", "--epochs", 1, "--negatives", negatives))
-    fill, epoch = seen[:5], seen[5:10]                                        # 40 images, batches of 8
-    assert [a.equal(b) for a, b in zip(fill, epoch)] == [again] * 5
+    flags = ["--negatives", 0, *(["--graph", "full"] if script is cmc else [])]
+    script.main(tiny(script, "--dictionary", "memory-bank", "--epochs", 1, *flags))
+    seen = [x for x in seen if x.shape == seen[0].shape]
+    assert len(seen) >= 10 and not any(a.equal(b) for i, a in enumerate(seen) for b in seen[:i])
 
 
 @pytest.mark.parametrize("loss", [moco.nce, cmc.nce])
