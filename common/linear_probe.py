@@ -184,8 +184,8 @@ def uniformity(h):
     """Log of the mean of e^(-2 d^2) over the pairs of different images, d the distance of their unit features, h
     (N, D): a scalar tensor from 0 (one point) down to about -4 (all over the sphere) (Wang & Isola, t 2)."""
     h = F.normalize(h.float(), dim=1)
-    norm2, different = h.square().sum(dim=1), ~torch.eye(len(h), dtype=torch.bool, device=h.device)    # 1, or of 0 0
-    d2 = (norm2[:, None] + norm2 - 2 * h @ h.T).clamp(min=0)[different]
+    norm2, different = h.square().sum(dim=1), ~torch.eye(len(h), dtype=torch.bool, device=h.device)
+    d2 = (norm2[:, None] + norm2 - 2 * h @ h.T).clamp(min=0)[different]       # norm2: 1, but 0 of features that are 0
     return (-2 * d2).exp().mean().log() if len(h) > 1 else torch.zeros(())
 
 
