@@ -257,7 +257,7 @@ def nt_xent(z1, z2, tau):
 
 DEFAULTS = [  # of a run that makes these choices, where they differ from those below
     (dict(dataset="shapes"), dict(image_size=12, colours=8, width=64, encoder_layers=1, decoder_layers=1, heads=4,
-                                  crop_min=0.6, jitter=0.3, epochs=16, batch_size=32, lr=2.5e-3)),
+                                  crop_min=0.6, jitter=0.3, epochs=14, batch_size=32, lr=2.5e-3)),
     (dict(small=True), dict(image_size=16, colours=64, width=96, encoder_layers=2, decoder_layers=2, heads=6,
                             crop_min=0.3, epochs=5, batch_size=128, lr=2e-3)),
 ]
