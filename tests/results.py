@@ -160,6 +160,13 @@ CLAIMS = {  # name: (sentence, {arm: command, or (command, row of its table), or
         {"hybrid": GCRL, "contrastive": f"{GCRL} --alpha 0", "hybrid, nats": (GCRL, "nats"),
          "generative, nats": (f"{GCRL} --beta 0", "nats")},
         [("contrastive", NOT_MORE, "hybrid"), ("hybrid, nats", NOT_MORE, "generative, nats")]),
+    "alpha": (
+        "With a larger alpha the hybrid has both: contrastive features and the generative model's likelihood (GCRL)",
+        {"contrastive": f"{GCRL} --alpha 0", "alpha = 1": GCRL, "alpha = 8": f"{GCRL} --alpha 8",
+         "alpha = 143": f"{GCRL} --alpha 143", "alpha = 1, nats": (GCRL, "nats"),
+         "alpha = 8, nats": (f"{GCRL} --alpha 8", "nats"), "alpha = 143, nats": (f"{GCRL} --alpha 143", "nats"),
+         "generative, nats": (f"{GCRL} --beta 0", "nats")},
+        [("contrastive", NOT_MORE, "alpha = 8"), ("alpha = 8, nats", NOT_MORE, "generative, nats")]),
     "few-labels": (
         "With 1 % of the labels a fine-tuned encoder is better than the same network from scratch (SimCLR, table 7)",
         {"pre-trained": (SIMCLR, "finetuned, 0 frozen"), "from scratch": (SIMCLR, "scratch, 0 frozen")},
