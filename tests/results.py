@@ -50,7 +50,7 @@ ROWS = {  # the choices that make the row; all else is the script's default for 
     "DIM, local": "dim.py --estimator infonce", "DIM, global": "dim.py --estimator infonce --objective global",
     "DIM, both": "dim.py --estimator infonce --objective both", "AMDIM": "dim.py --objective multiscale",
     "GCRL, generative": "gcrl.py --alpha 1 --beta 0", "GCRL, contrastive": "gcrl.py --alpha 0 --beta 1",
-    "GCRL, hybrid": "gcrl.py --alpha 1 --beta 1",
+    "GCRL, hybrid": "gcrl.py --alpha 1 --beta 1", "GCRL, hybrid, alpha 8": "gcrl.py --alpha 8 --beta 1",
 }
 LONGER = {  # of --budget small alone
     "SimCLR, width 32": "simclr.py --width 32 --epochs 26",
@@ -167,6 +167,12 @@ CLAIMS = {  # name: (sentence, {arm: command, or (command, row of its table), or
          "alpha = 8, nats": (f"{GCRL} --alpha 8", "nats"), "alpha = 143, nats": (f"{GCRL} --alpha 143", "nats"),
          "generative, nats": (f"{GCRL} --beta 0", "nats")},
         [("contrastive", NOT_MORE, "alpha = 8"), ("alpha = 8, nats", NOT_MORE, "generative, nats")]),
+    "equal-time": (
+        "The hybrid is no worse either than longer runs of each loss alone that take the same time (GCRL)",
+        {"hybrid": f"{GCRL} --alpha 8", "contrastive, 5 epochs": f"{GCRL} --alpha 0 --epochs 5",
+         "hybrid, nats": (f"{GCRL} --alpha 8", "nats"),
+         "generative, 7 epochs, nats": (f"{GCRL} --beta 0 --epochs 7", "nats")},
+        [("contrastive, 5 epochs", NOT_MORE, "hybrid"), ("hybrid, nats", NOT_MORE, "generative, 7 epochs, nats")]),
     "few-labels": (
         "With 1 % of the labels a fine-tuned encoder is better than the same network from scratch (SimCLR, table 7)",
         {"pre-trained": (SIMCLR, "finetuned, 0 frozen"), "from scratch": (SIMCLR, "scratch, 0 frozen")},
