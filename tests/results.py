@@ -165,7 +165,8 @@ CLAIMS = {  # name: (sentence, {arm: command, or (command, row of its table), or
         {"contrastive": f"{GCRL} --alpha 0", "alpha = 1": GCRL, "alpha = 8": f"{GCRL} --alpha 8",
          "alpha = 143": f"{GCRL} --alpha 143", "alpha = 1, nats": (GCRL, "nats"),
          "alpha = 8, nats": (f"{GCRL} --alpha 8", "nats"), "alpha = 143, nats": (f"{GCRL} --alpha 143", "nats"),
-         "generative, nats": (f"{GCRL} --beta 0", "nats")},
+         "generative, nats": (f"{GCRL} --beta 0", "nats"), "contrastive, kNN": (f"{GCRL} --alpha 0", "knn"),
+         "alpha = 1, kNN": (GCRL, "knn"), "alpha = 8, kNN": (f"{GCRL} --alpha 8", "knn")},
         [("contrastive", NOT_MORE, "alpha = 8"), ("alpha = 8, nats", NOT_MORE, "generative, nats")]),
     "equal-time": (
         "The hybrid is no worse either than longer runs of each loss alone that take the same time (GCRL)",
@@ -216,6 +217,8 @@ def measure_of(arm):
         return "loss", lambda row: row["log"][-1]["loss"], 3
     if name == "nats":
         return "nats", lambda row: row["result"]["nats"], 3
+    if name == "knn":
+        return "kNN", lambda row: 100 * row["result"]["knn"]["trained"], 1
     if name.endswith("frozen"):
         what, stages = name.split(", ")
         return "accuracy", lambda row: 100 * row["evaluation"]["finetune"][f"0.01, {stages}"][what]["mean"], 1
