@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: MIT
 """GCRL: Generative-Contrastive Representation Learning (2106.06162), an axial transformer trained on two losses.
 
-An image is D = H W tokens of a colour palette, in raster order. Of each of N images x1 is a weakly and x2 a strongly
-augmented view, and z1 and z2 are their normalised projections:
+An image is D = H W tokens of a colour palette, in raster order; its feature is the encoder's output, averaged over the
+positions. Of each of N images x1 is a weakly and x2 a strongly augmented view, and z1 and z2 are their normalised
+projections:
 
     L   = alpha L_g + beta L_c
     L_g = -1/N  sum_i sum_{k=2..D} log p(x1[i,k] | x1[i,<k])
     L_c = -1/2N sum_i ( log e^(z1_i.z2_i/tau) / (sum_{j!=i} e^(z1_i.z1_j/tau) + sum_j e^(z1_i.z2_j/tau))
                       + log e^(z2_i.z1_i/tau) / (sum_{j!=i} e^(z2_i.z2_j/tau) + sum_j e^(z2_i.z1_j/tau)) )
-
-The feature is the encoder's output, averaged over the positions.
 
     python gcrl.py                                          # embedded data, two minutes on two cores
     python gcrl.py --dataset cifar10 --alpha 1 --beta 1     # hybrid; --beta 0: generative; --alpha 0: contrastive
