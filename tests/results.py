@@ -174,6 +174,15 @@ CLAIMS = {  # name: (sentence, {arm: command, or (command, row of its table), or
          "hybrid, nats": (f"{GCRL} --alpha 8", "nats"),
          "generative, 7 epochs, nats": (f"{GCRL} --beta 0 --epochs 7", "nats")},
         [("contrastive, 5 epochs", NOT_MORE, "hybrid"), ("hybrid, nats", NOT_MORE, "generative, 7 epochs, nats")]),
+    "outside": (
+        "The hybrid's likelihood tells other images, `patterns`, from its own as well as the generative model's, and "
+        "better than contrastive features do (GCRL)",
+        {"hybrid, AUROC": (f"{GCRL} --alpha 8", "AUROC, likelihood, no labels"),
+         "generative, AUROC": (f"{GCRL} --beta 0", "AUROC, likelihood, no labels"),
+         "contrastive, AUROC by kNN": (f"{GCRL} --alpha 0", "AUROC, kNN distance, no labels"),
+         "contrastive, AUROC by Mahalanobis": (f"{GCRL} --alpha 0", "AUROC, Mahalanobis, no labels")},
+        [("generative, AUROC", NOT_MORE, "hybrid, AUROC"), ("hybrid, AUROC", MORE, "contrastive, AUROC by kNN"),
+         ("hybrid, AUROC", MORE, "contrastive, AUROC by Mahalanobis")]),
     "few-labels": (
         "With 1 % of the labels a fine-tuned encoder is better than the same network from scratch (SimCLR, table 7)",
         {"pre-trained": (SIMCLR, "finetuned, 0 frozen"), "from scratch": (SIMCLR, "scratch, 0 frozen")},
@@ -185,6 +194,7 @@ CLAIMS = {  # name: (sentence, {arm: command, or (command, row of its table), or
          ("3 of 5 stages frozen", MORE, "5 of 5 stages frozen")]),
 }
 FINETUNE = ["--labels", "0.01", "--finetune", "--draws", "3", "--frozen-stages", *map(str, FROZEN)]
+OUTSIDE = ["--ood", "patterns"]
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold here", "cannot be told"
 
 
@@ -219,6 +229,9 @@ def measure_of(arm):
         return "nats", lambda row: row["result"]["nats"], 3
     if name == "knn":
         return "kNN", lambda row: 100 * row["result"]["knn"]["trained"], 1
+    if name.startswith("AUROC"):
+        score = name.removeprefix("AUROC, ")
+        return "AUROC", lambda row: 100 * row["evaluation"]["ood"]["patterns"][score]["auroc"], 1
     if name.endswith("frozen"):
         what, stages = name.split(", ")
         return "accuracy", lambda row: 100 * row["evaluation"]["finetune"][f"0.01, {stages}"][what]["mean"], 1
@@ -488,7 +501,8 @@ def main(argv=None):
         commands = {}
         for arm in (arm for claim in chosen for arm in CLAIMS[claim][1].values()):
             command, more = (arm, "") if isinstance(arm, str) else arm
-            commands[command] = FINETUNE if more.endswith("frozen") else commands.get(command, [])
+            commands[command] = (FINETUNE if more.endswith("frozen") else OUTSIDE if more.startswith("AUROC") else
+                                 commands.get(command, []))
         keys = {command: key_of(command) for command in commands}
     else:
         if args.budget != "small" and not LONGER.keys().isdisjoint(args.rows):

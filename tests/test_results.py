@@ -160,16 +160,21 @@ def test_claims(in_process, images, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "CLAIMS", {
         "head": ("h is better than z (table 3)", {"h": simclr, "z": (simclr, "projection")}, [("h", ">", "z")]),
         "rate": ("The loss falls (nowhere)", {"fast": (f"{simclr} --lr 1", "loss"), "slow": (simclr, "loss")},
-                 [("fast", "<", "slow")])})
+                 [("fast", "<", "slow")]),
+        "far": ("Patterns are far (nowhere)", {"far": (simclr, "AUROC, kNN distance, no labels"),
+                                               "near": (simclr, "knn")}, [("far", ">", "far")])})
     monkeypatch.setattr(results, "subset", lambda folder, place, images=4, subset=results.subset: subset(folder, place,
                                                                                                         10))
     results.main(["--claims", "--data-dir", str(images), "--out", str(tmp_path / "runs")])
-    assert [words[0] for words in in_process] == ["simclr.py"] * 4
+    assert sorted(words[0] for words in in_process) == ["-m"] * 2 + ["simclr.py"] * 4
     rows = [json.loads(path.read_text()) for path in (tmp_path / "kept" / "claims").iterdir()]
     assert len(rows) == 4 and len(list((tmp_path / "runs").glob("images-*/train/red/*"))) == 10
     table = (tmp_path / "kept" / "claims.md").read_text()
     slow = sorted(row["log"][-1]["loss"] for row in rows if "--lr" not in row["command"])
     assert f"slow {sum(slow) / 2:.3f} ± {(slow[1] - slow[0]) / math.sqrt(2):.3f}" in table
+    far = sorted(100 * row["evaluation"]["ood"]["patterns"]["kNN distance, no labels"]["auroc"] for row in rows
+                 if "--lr" not in row["command"])
+    assert f"| far {sum(far) / 2:.1f} ± {(far[1] - far[0]) / math.sqrt(2):.1f}; near " in table
     assert all(text in table for text in ("[`head`]", "; z ", "Measured on: "))
     results.main(["--claims", "head", "--data-dir", str(images), "--out", str(tmp_path / "runs")])
     assert (tmp_path / "kept" / "claims.md").read_text() == table             # with those that were measured before
