@@ -223,7 +223,7 @@ DEFAULTS = [  # of a run that makes these choices, where they differ from those 
                                   weight_decay=1e-4, batch_size=256, crop_min=0.2)),
     (dict(small=True), dict(image_size=32, blur=0.0, stem="cifar", width=16, epochs=25, batch_size=256, m=0.99, tau=0.1,
                             head="linear", crop_min=0.2, lr=0.12, weight_decay=1e-4)),
-    (dict(dataset="shapes", dictionary="memory-bank"), dict(negatives=0, tau=0.1, epochs=35, bn_groups=1)),
+    (dict(dataset="shapes", dictionary="memory-bank"), dict(negatives=0, bank_m=0.9, epochs=60, bn_groups=1)),
     (dict(dataset="shapes", dictionary="end-to-end"), dict(epochs=25)),
 ]
 
