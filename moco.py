@@ -23,9 +23,8 @@ in the memory bank is no negative; the bank's views are flipped (Wu et al.: not)
 encoder's output (Wu et al.: at random); nce's Z is estimated on each batch (Wu et al.: on the first; on `shapes` the
 loss then rises to hundreds); --symmetric averages both directions (MoCo's CIFAR demo: the sum); inputs are in [0, 1].
 
-Measured, linear / kNN: `shapes` over three seeds queue 66.1 / 50.8 (untrained 30.9 / 15.9) on a Xeon, end-to-end 73.9 /
-59.4 (30.8 / 15.8) on an EPYC; memory bank 59.6 / 45.4 there (an older version), but 37.9 / 19.9 on the Xeon (seed
-0); `--dataset cifar10 --small` 60.7 / 58.8 (37.5 / 33.0).
+Measured, linear / kNN: `shapes` over three seeds queue 66.1 / 50.8, memory bank 67.6 / 56.7 (untrained 30.9 / 15.9),
+end-to-end 73.9 / 59.4 (30.8 / 15.8, on another machine); `--dataset cifar10 --small` 60.7 / 58.8 (37.5 / 33.0).
 """
 import copy
 import functools
