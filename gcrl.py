@@ -122,7 +122,7 @@ class GCRL(nn.Module):
         self.palette.copy_(palette)
         self.first_pixel.copy_(first_pixel)
         colour = (palette - palette.mean(dim=0)) / palette.std(dim=0, correction=0).clamp(min=1e-6)
-        self.embedding.weight += 0.1 * colour @ torch.randn(3, self.embedding.embedding_dim)
+        self.embedding.weight += 0.1 * colour @ torch.randn(3, self.embedding.embedding_dim).to(colour)
 
     def tokens(self, x):
         return quantise(x, self.palette)                                      # (N, 3, H, W) to (N, H, W)
@@ -326,7 +326,7 @@ def main(argv=None):
     for part in (model.decoder, model.decoder_norm, model.to_logits):
         part.requires_grad_(generate)                                         # if not, no loss trains it
     model.head.requires_grad_(contrast)
-    net = run.wrap(model)
+    net = run.wrap(model, method="outputs")                                   # in one graph they compile for minutes
     groups = [{"params": [p for p in model.parameters() if p.dim() > 1]},
               {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)

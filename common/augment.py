@@ -60,8 +60,7 @@ def where(mask, operation, *parameters):
     images: the others cost nothing."""
     def replace(x, index, *parameters):
         index = index.long()
-        x[index] = operation(x[index], *parameters)
-        return x
+        return x.index_copy_(0, index, operation(x.index_select(0, index), *parameters))
     index = mask.nonzero()[:, 0]                                              # on the CPU: no wait for the device
     return [(replace, index, *(p[index] for p in parameters))] if len(index) else []
 
@@ -198,17 +197,20 @@ def adjust_saturation(x, factor):
 
 
 def adjust_hue(x, turns):
-    """Turns the hue by `turns` (N,) in [-0.5, 0.5] of the colour circle: RGB to HSV and back."""
+    """Turns the hue by `turns` (N,) in [-0.5, 0.5] of the colour circle: RGB to HSV and back.
+
+    Hue is the angle from red, in sixths of the circle: 2 + (g + b - r - value) / chroma, negative where b > g. That is
+    the usual formula without its three cases, which took five times as long on a CPU.
+    """
     r, g, b = x.unbind(1)                                                     # (N, H, W) each
     value = torch.maximum(torch.maximum(r, g), b)
     least = torch.minimum(torch.minimum(r, g), b)
     chroma = value - least
-    hue = torch.where(value == r, g - b, torch.where(value == g, b - r, r - g))
-    hue.div_(chroma.clamp(min=1e-9))                                          # a grey pixel has hue and chroma 0
-    hue.add_(torch.where(value == r, 0.0, torch.where(value == g, 2.0, 4.0)))
-    hue.add_(6 * turns[:, None, None]).remainder_(6)                          # in sixths of the circle
-    share = torch.stack([(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], dim=1).clamp_(0, 1)
-    return share.mul_(chroma[:, None]).add_(least[:, None])
+    hue = (g + b).sub_(r).sub_(value).div_(chroma.clamp(min=1e-9))            # a grey pixel has chroma 0, and any hue
+    hue = hue.add_(2).copysign_(g - b).add_(6 * turns[:, None, None])         # in [-6, 6]
+    angle = torch.stack([hue, hue - 2, hue + 2], dim=1).abs_()                # from red, green and blue
+    angle = angle.sub_(3).abs_().sub_(3).abs_()                               # the shorter way round, in [0, 3]
+    return (2 - angle).clamp_(0, 1).mul_(chroma[:, None]).add_(least[:, None])
 
 
 def color_jitter(factors, order, mask):

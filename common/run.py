@@ -73,10 +73,14 @@ class Run:
         self.ready("data", self.images)
         return self.images, batches
 
-    def wrap(self, model, sync_batch_norm=True):
-        """The model as it is trained: by `distributed.wrap`, and compiled where settings["compile"] says so."""
+    def wrap(self, model, sync_batch_norm=True, method=None):
+        """The model as it is trained: by `distributed.wrap`, and compiled where settings["compile"] says so, as a whole
+        or the method of this name alone."""
         net = distributed.wrap(model, self.device, sync_batch_norm)
         self.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
+        if self.settings["compile"] and method:
+            setattr(model, method, torch.compile(getattr(model, method)))
+            return net
         return torch.compile(net) if self.settings["compile"] else net
 
     # ---- files
