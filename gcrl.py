@@ -14,9 +14,9 @@ projections:
     python gcrl.py --dataset cifar10 --alpha 1 --beta 1     # hybrid; --beta 0: generative; --alpha 0: contrastive
     python gcrl.py --sample RUN --temperature 0.9           # draws from a saved run
 
-Differences from the paper: --alpha weighs L_g / (D - 1), the mean over the predicted tokens: --alpha D-1 is the equation
-to the letter. On CIFAR-10 at 12 x 12, alpha 8 and D-1 had the likelihood of --beta 0; 8 had the linear probe of --alpha
-0 as well, D-1 that of --beta 0. Network, tau, weak view, schedule and 32 x 32 tokens are ours.
+Differences from the paper: --alpha weighs L_g / (D - 1), the mean over the predicted tokens: --alpha D-1 is the
+equation to the letter. On CIFAR-10 at 12 x 12, alpha 8 and D-1 had the likelihood of --beta 0, and 8 the linear probe
+of --alpha 0 as well, D-1 that of --beta 0. Network, tau, weak view, schedule and 32 x 32 tokens are ours.
 """
 import math
 import sys
@@ -276,8 +276,8 @@ def arguments(argv):
     number("--crop-min", 0.08, "(0, 1]", "strong view: least share of the area kept")
     number("--jitter", 0.5, "[0, inf)", "strong view: strength s of the colour distortion")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
-    number("--micro-batch", None, "[1, inf)", "images that go through the network at once (default: as many as take "
-        "2 GB, on a GPU 4 GB); loss and gradients stay the batch's, all at once is a fifth faster", kind=int)
+    number("--micro-batch", None, "[1, inf)", "images that go through the network at once (default: as many as take 2 "
+        "GB, with CUDA half of the free memory); loss and gradients stay the batch's", kind=int)
     number("--lr", 1e-3, "(0, inf)", "peak learning rate of AdamW")
     number("--weight-decay", 0.01, "[0, inf)", "of all weights but biases and norms")
     number("--tau", 0.2, "(0, inf)", "temperature of the contrastive loss")
@@ -305,7 +305,8 @@ def main(argv=None):
     generate, contrast, device = args.alpha > 0, args.beta > 0, cli.pick_device(args.device)
     if args.micro_batch is None:
         image = 50 * args.width * args.image_size**2 * (4 * args.encoder_layers + args.decoder_layers)        # bytes
-        args.micro_batch = min(args.batch_size, max(1, (2**31 if device.type == "cpu" else 2**32) // image))
+        room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31    # few keep a GPU waiting
+        args.micro_batch = min(args.batch_size, max(1, room // image))
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
@@ -332,8 +333,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
-    rng = augment.Random(args.seed, rank, world)
-    predicted = args.image_size**2 - 1                                        # tokens that L_g scores
+    rng, predicted = augment.Random(args.seed, rank, world), args.image_size**2 - 1           # tokens that L_g scores
     notes = {"nats": f"a token; uniform {math.log(len(palette)):.3f}"} if generate else {}
     notes |= {"contrastive": f"chance {math.log(2 * args.batch_size - 1):.3f}"} if contrast else {}
     progress = run.progress(args.epochs, len(batches), args.batch_size, notes)

@@ -38,7 +38,6 @@ BUDGETS = {  # flags of every row
     "shapes": "--dataset shapes",
     "shapes-float32": "--dataset shapes --amp off",
     "small": "--small",
-    "small-gpu": "--small",
     "gpu": "--epochs 100",
     "gpu-200": "--epochs 200",
 }
@@ -53,7 +52,7 @@ ROWS = {  # the choices that make the row; all else is the script's default for 
     "GCRL, generative": "gcrl.py --alpha 1 --beta 0", "GCRL, contrastive": "gcrl.py --alpha 0 --beta 1",
     "GCRL, hybrid": "gcrl.py --alpha 1 --beta 1", "GCRL, hybrid, alpha 8": "gcrl.py --alpha 8 --beta 1",
 }
-LONGER = {  # of --small alone
+LONGER = {  # of --budget small alone
     "SimCLR, width 32": "simclr.py --width 32 --epochs 26",
     "CMC, L and ab, memory bank, NCE": "cmc.py --contrast nce --dictionary memory-bank --schedule steps --epochs 30",
 }
@@ -481,8 +480,7 @@ def main(argv=None):
     if args.pictures:
         return overview(*args.pictures, RESULTS / "overview.png")
     claims = args.budget is None
-    small = args.budget in ("small", "small-gpu")
-    if args.data_dir and args.budget and not small:
+    if args.data_dir and args.budget not in (None, "small"):
         parser.error(f"--budget {args.budget} has images of its own: leave --data-dir out")
     if claims and not args.data_dir:
         parser.error("--claims needs --data-dir, a folder of images: DIR/train/CLASS/*, DIR/test/CLASS/*")
@@ -507,8 +505,8 @@ def main(argv=None):
                                  commands.get(command, []))
         keys = {command: key_of(command) for command in commands}
     else:
-        if not small and not LONGER.keys().isdisjoint(args.rows):
-            parser.error(f"--rows {', '.join(LONGER)} goes with --budget small or small-gpu")
+        if args.budget != "small" and not LONGER.keys().isdisjoint(args.rows):
+            parser.error(f"--rows {', '.join(LONGER)} goes with --budget small")
         keys = {f"{(ROWS | LONGER)[row]} {BUDGETS[args.budget]}": slug(row) for row in args.rows}
         commands = dict.fromkeys(keys, evaluation)
 

@@ -114,6 +114,7 @@ class Device:
                 (torch.cuda, "get_device_capability", lambda _: self.capability),
                 (torch.cuda, "get_device_name", lambda _: "a GPU that is not there"),
                 (torch.cuda, "max_memory_allocated", lambda _: 10**9), (torch, "autocast", Autocast),
+                (torch.cuda, "mem_get_info", lambda _: (2**33, 2**33)),
                 (torch.autograd, "_engine_run_backward", backward),
                 (torch.cuda, "get_rng_state", lambda _: torch.get_rng_state()),
                 (torch.cuda, "set_rng_state", lambda state, _: torch.set_rng_state(state)),

@@ -180,10 +180,11 @@ def test_one_forward_gives_what_the_parts_give():
 
 
 @pytest.mark.parametrize("flags, device, micro_batch", [
-    ("--dataset cifar10", "cpu", 8), ("--dataset cifar10", "cuda", 16), ("--dataset cifar10 --small", "cpu", 128),
-    ("", "cpu", 32), ("--dataset cifar10 --micro-batch 100", "cpu", 100), ("--dataset cifar10 --width 8192", "cpu", 1)])
+    ("--dataset cifar10", "cpu", 8), ("--dataset cifar10", "cuda", 16), ("--dataset cifar10", "mps", 8),
+    ("--dataset cifar10 --small", "cpu", 128), ("--dataset cifar10 --small", "cuda", 128), ("", "cpu", 32), ("--dataset cifar10 --micro-batch 100", "cpu", 100), ("--dataset cifar10 --width 8192", "cpu", 1)])
 def test_default_micro_batch(flags, device, micro_batch, monkeypatch):
-    """As many images as take about 2 GB on a CPU and 4 GB on a GPU, all where all do, one at least."""
+    """As many images as take about 2 GB, or half of a GPU's free memory, here of 8 GiB; all where all do, one at
+    least."""
     class Seen(Exception):
         pass
 
@@ -192,6 +193,7 @@ def test_default_micro_batch(flags, device, micro_batch, monkeypatch):
     monkeypatch.setattr(gcrl, "Run", run)
     monkeypatch.setattr(gcrl.cli, "pick_device", lambda name: torch.device(device))
     monkeypatch.setattr(gcrl.cli, "pick_amp", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**36))
     monkeypatch.setattr(gcrl.distributed, "start", lambda device: (0, 1))
     with pytest.raises(Seen) as seen:
         gcrl.main(flags.split())

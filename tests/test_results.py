@@ -24,15 +24,15 @@ TINY = "--image-size 16 --width 2 --stem cifar --epochs 1 --batch-size 16 --work
 @pytest.mark.parametrize("row", [*results.ROWS, *results.LONGER])
 def test_rows_are_commands(row, budget):
     """Each is accepted by its script, and is the script's default but for the choices that make the row."""
-    shapes, small = budget.startswith("shapes"), budget.startswith("small")
+    shapes = budget.startswith("shapes")
     data = [] if shapes else ["--dataset", "cifar10"]
-    if row in results.LONGER and not small:
+    if row in results.LONGER and budget != "small":
         with pytest.raises(SystemExit):
             results.main(["--budget", budget, "--rows", row])
         return
     script, *flags = shlex.split(f"{(results.ROWS | results.LONGER)[row]} {results.BUDGETS[budget]}")
     args = importlib.import_module(script.removesuffix(".py")).arguments([*flags, *data])
-    assert args.dataset == ("shapes" if shapes else "cifar10") and args.small == small
+    assert args.dataset == ("shapes" if shapes else "cifar10") and args.small == (budget == "small")
     assert args.epochs == {"gpu": 100, "gpu-200": 200}.get(budget, args.epochs)
 
 
