@@ -198,9 +198,11 @@ class Run:
     # ---- from the first step to the last
 
     def __enter__(self):
-        """From here on Ctrl-C and SIGTERM only make `stop_requested` true; a second one ends the program at once."""
+        """From here on Ctrl-C and SIGTERM only make `stop_requested` true; a second one ends the program at once.
+        Raises Refusal where another process trains this run."""
         if not self.resumed:
             self.make_folder()
+        self.lock = lock(self.folder / "args.json") if self.rank == 0 else None
         self.say(f"run folder: {self.folder}")
         self.since = time.perf_counter()                                      # of the first step's start
 
@@ -208,6 +210,7 @@ class Run:
             self.signal = number
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self.handlers[number])
+            self.say("\nstopping after this step (a second time: at once, without saving)")
         self.handlers = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -218,6 +221,8 @@ class Run:
         if failed and self.rank == 0 and not self.resumed and not self.saved() and not self.history:
             (self.folder / "args.json").unlink(missing_ok=True)               # a new run that came to nothing
             self.folder.rmdir()
+        if self.lock:
+            self.lock.close()
         if not failed:
             distributed.end()
 
@@ -308,6 +313,21 @@ def refuse_taken(folder):
         raise Refusal(f"--out {folder} holds a run already: go on with --resume {folder}, or name another folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Refusal(f"--out {folder} exists and is not an empty folder: name another")
+
+
+def lock(path):
+    """The file, open, and locked until it is closed or this process ends, however it ends. Raises Refusal where another
+    process has locked it."""
+    file = open(path)
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise Refusal(f"{path.parent} is being trained by another process: stop it, or wait for its end") from None
+    except (ImportError, OSError):                                            # Windows, a file system without locks
+        pass
+    return file
 
 
 def peak_memory(device):

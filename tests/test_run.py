@@ -22,7 +22,7 @@ from common import cli
 from common.cli import Refusal
 from common.evaluation import __main__ as evaluate
 from common.progress import Progress, clock, feature_std
-from common.run import Run, cosine
+from common.run import Run, cosine, lock
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -266,6 +266,20 @@ def test_signal(tiny, here, number, status):
     state = torch.load("run/checkpoint.pt", weights_only=True)
     log = Path("run/log.jsonl").read_text().splitlines()
     assert len(log) == state["epoch"] >= 1 and 0 <= state["step"] <= 5
+
+
+def test_one_process_trains_a_run(tiny, here, capsys):
+    """A second one that would resume it is refused, while the first trains and not after that was killed."""
+    argv = tiny(simclr, "--epochs", 100_000, "--out", "run")
+    process = subprocess.Popen([sys.executable, ROOT / "simclr.py", *argv], stdout=subprocess.PIPE, text=True)
+    try:
+        next(line for line in process.stdout if line.startswith("epoch "))
+        with pytest.raises(Refusal, match="run is being trained by another process: stop it"):
+            simclr.main(["--resume", "run"])
+    finally:
+        process.kill()
+        process.communicate()
+    lock(Path("run/args.json")).close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
