@@ -357,6 +357,15 @@ def test_who_would_wait_for_hours_is_told_of_small(monkeypatch, seconds, setting
     assert not told or "takes 208 hours" in lines[1]
 
 
+def test_what_is_compiled(script, tiny, here, monkeypatch):
+    """With --compile the model, once; of gcrl.py one micro-batch, as all of a batch in one graph compile for minutes."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    script.main(tiny(script, "--compile", "--epochs", 1, "--out", "run"))
+    assert len(compiled) == 1 and getattr(compiled[0], "__name__", "module") == \
+        ("outputs" if script is gcrl else "module")
+
+
 def test_a_first_step_that_compiles_alarms_nobody(monkeypatch):
     """Its time is not a step's: the first line comes ten seconds after it."""
     lines = ticking(monkeypatch, 300, 0.001, 20000, {"compile": True})
