@@ -70,7 +70,7 @@ class RunParser(Parser):
         add("--device", default="auto", help="auto (CUDA, else MPS, else the CPU), cpu, mps, cuda or cuda:N")
         add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
             help="mixed precision; auto takes bf16, fp16 or off as the hardware has it")
-        add("--compile", action="store_true", help="torch.compile the model")
+        add("--compile", action="store_true", help="torch.compile the model: faster on a GPU, after half a minute")
         number("--workers", cores(), "[0, 1024]", "processes that decode images")
         number("--cache-gb", 8.0, "[0, inf)", "GB of decoded images kept on the device; more is streamed")
         number("--knn-every", None, "[1, inf)", "epochs from one kNN on the test images to the next, and one after the "
