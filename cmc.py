@@ -11,16 +11,16 @@ different images far, by the critic h(v_i, v_j) = exp(z_i.z_j / tau). Anchored a
 L(V_i, V_j) is the sum of both anchorings; --graph core sums it over the pairs with the first view, full over all pairs.
 The z_j of the n training images are kept in a memory bank for each view, as running means; key and negatives are drawn
 from it (one draw serves the batch, where the paper draws for each image), or they are the batch's own, end-to-end. Z
-is n times the mean of h over the batch's negatives. What is kept, and probed, is the concatenation of all f_i(v_i).
+is n times the mean of h over the batch's negatives. The representation, which is probed, is all f_i(v_i) in a row.
 
-    python cmc.py                                           # embedded data, L and ab
+    python cmc.py                                           # drawn shapes, L and ab
     python cmc.py --dataset cifar10 --contrast nce          # ResNet-18 of half width a view, 200 epochs
     python cmc.py --views-dir COLOUR DEPTH                  # two folders of images of the same names
 
 Differences from the paper: softmax by default (paper: nce); the bank begins as what the untrained encoders say (paper:
 at random) and Z is estimated anew on each batch (paper: on the first alone, which random vectors make so small that
-on `shapes` nothing is learnt: 19.0 linear, untrained 18.7, one seed); an image's own vector is no negative; inputs in
-[0, 1] without normalisation.
+on `shapes` nothing is learnt: 19.0 linear, untrained 18.7, one seed); an image's own vector is no negative; inputs are
+only scaled to about [-1, 1].
 
 Measured, linear / kNN: `shapes` 52.0 / 34.8 over three seeds (untrained 22.5 / 11.8), 45 to 50 s on a core of a Xeon;
 `--dataset cifar10 --small` 50.3 / 47.0 (39.8 / 33.6), 32 min, with `--contrast nce --schedule steps --epochs 30` 52.2 /
@@ -232,7 +232,7 @@ def arguments(argv):
     add("--views", choices=CHANNELS, default="lab", help="channels that are views: L and ab, Y and CbCr, or R, G and B")
     add("--views-dir", nargs="+", metavar="DIR", help="views of your own: folders with images of the same names")
     add("--graph", choices=("full", "core"), default="full", help="pairs of views: all, or those with the first")
-    add("--contrast", choices=("nce", "softmax"), default="softmax", help="loss: the paper's, or a later one")
+    add("--contrast", choices=("nce", "softmax"), default="softmax", help="the paper's loss, or InfoNCE")
     add("--dictionary", choices=("memory-bank", "end-to-end"), default="memory-bank", help="of keys (paper: a bank)")
     number("--negatives", 4096, "[0, inf)", "m: drawn from the memory bank (0: all of it)")
     number("--bank-m", 0.5, "[0, 1]", "momentum of the memory banks' vectors")
@@ -287,7 +287,8 @@ def main(argv=None):
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
     images, batches = run.data(args.views_dir, store_size=args.store_size or 2 * args.image_size)
     entries = len(images.train) if args.dictionary == "memory-bank" else 0    # of each view's bank
-    m, whole_bank = args.negatives or entries if entries else args.batch_size - 1, torch.arange(entries, device=device)
+    m = (args.negatives or entries) if entries else args.batch_size - 1
+    whole_bank = torch.arange(entries, device=device)
 
     torch.manual_seed(args.seed)
     model = CMC(build_encoder(args), entries).to(device, memory_format=torch.channels_last)

@@ -2,16 +2,16 @@
 """CPC: Representation Learning with Contrastive Predictive Coding (van den Oord et al. 2018, 1807.03748), with what
 v2 changed: Data-Efficient Image Recognition with CPC (Henaff et al. 2019, 1905.09272).
 
-An image becomes a G x G grid of overlapping patches. An encoder turns each into a vector z_{i,j}, a masked
-convolutional network those of row i and the five above it into a context c_{i,j}, and a linear map W_k that into a
-prediction of the patch k rows below. InfoNCE asks to tell it from those of other places and images (v2, equation 2):
+An image becomes a G x G grid of overlapping patches. An encoder maps each to a vector z_{i,j}; a masked convolutional
+network maps those of rows i - 5 to i to a context c_{i,j}, from which a linear map W_k predicts the patch k rows below.
+InfoNCE asks to tell that patch from those of other places and images (v2, equation 2):
 
     L = - mean over i, j, k of  log  exp(W_k c_{i,j} . t_{i+k,j}) / sum_l exp(W_k c_{i,j} . t_l),      t = W z
 
-v2 predicts in four directions, each with a context of its own. What is kept, and probed, is the mean of z over the
-grid.
+v2 predicts in four directions, each with a context of its own. The representation, which is probed, is the mean of
+z over the grid.
 
-    python cpc.py                                           # embedded data, a minute on two cores
+    python cpc.py                                           # drawn shapes, a minute on two cores
     python cpc.py --dataset cifar10                         # ResNet-18 of each patch, 200 epochs
 
 Differences from the papers: the first row that is predicted is the first that shares no pixel with the context (v1:
@@ -106,8 +106,8 @@ def mosaic(patches):
 class Encoder(nn.Module):
     """A ResNet of each patch: (N, 3, S, S) RGB in [0, 1] to the mean of z over the grid, (N, feature_dim).
 
-    norm: "layer" (v2), "none" (v1) or "batch", whose statistics tie patches together, so that a context can know by
-    them what it shall predict.
+    norm: "layer" (v2), "none" (v1) or "batch", whose statistics tie patches together: through them a context
+    sees what it shall predict.
     """
 
     def __init__(self, arch, stem, width, norm, patch, stride):
@@ -254,7 +254,7 @@ def arguments(argv):
     parser = cli.RunParser(__file__, "CPC", epochs=200, batch_size=64, photographs=True)
     add, number = parser.add_argument, parser.number
     number("--patch", 8, "[1, inf)", "side of a patch, pixels (256-pixel ImageNet, v1: 64, v2: 80)")
-    number("--stride", 4, "[1, inf)", "from patch to patch, pixels (v1: 32; 7 rows of 80: 29)")
+    number("--stride", 4, "[1, inf)", "from patch to patch, pixels (v1: 32; v2: 29 with 7 rows of 80)")
     number("--steps", 5, "[1, inf)", "rows ahead that are predicted, at most (v1: 5)")
     number("--first", None, "[1, inf)", "first row ahead that is predicted (default: the first that shares no pixel "
         "with the context; v1: 1)", kind=int)

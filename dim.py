@@ -5,7 +5,7 @@ and AMDIM: Learning Representations by Maximizing Mutual Information Across View
 DIM's encoder turns an image into an M x M map of local vectors c and one vector Y. With T, a network that scores pairs
 (c, Y), it maximises (equation 8)
 
-    alpha I(all c; Y)  +  beta mean over the M x M places I(c; Y)  -  gamma D(Y, uniform)
+    alpha I(all c; Y)  +  beta mean over the M x M places I(c; Y)  -  gamma divergence(Y, uniform)
 
 by one of three estimates of mutual information, where P are the pairs of one image, Q those of two (equations 2, 4, 5):
 
@@ -13,12 +13,12 @@ by one of three estimates of mutual information, where P are the pairs of one im
     jsd        E_P[-softplus(-T)] - E_Q[softplus(T)]
     infonce    E_P[T - log (exp T + sum over the Q of this Y of exp T)]
 
-D is an adversary that tells sigmoid(Y) from draws of the uniform distribution. AMDIM (--objective multiscale) takes two
-views of each image and has no Y: by infonce the global vector of one view predicts the other's maps of 5 x 5 and 7 x 7
-vectors, and one vector of its 5 x 5 map the other's 5 x 5. DIM keeps fc, the last hidden layer (conv, the last map, and
-Y are probed beside it), AMDIM its global vector.
+The divergence is what an adversary sees between sigmoid(Y) and the uniform distribution. AMDIM (--objective multiscale)
+takes two views of each image and has no Y: by infonce the global vector of one view predicts the other's maps of 5 x 5
+and 7 x 7 vectors, and one vector of its 5 x 5 map the other's 5 x 5. The representation is DIM's last hidden layer, fc
+(conv, the last map, and Y are probed beside it), or AMDIM's global vector.
 
-    python dim.py                                           # embedded data, a minute or two on two cores
+    python dim.py                                           # drawn shapes, a minute or two on two cores
     python dim.py --dataset cifar10 --estimator infonce     # the paper's encoder
     python dim.py --dataset cifar10 --objective multiscale  # AMDIM
 
@@ -205,8 +205,8 @@ class DIM(nn.Module):
             score = self.prior(x).float()
             slope, = torch.autograd.grad(score.sum(), x, create_graph=True)
             loss = loss + F.softplus(sign * score).mean() + 0.5 * slope.square().sum(dim=1).mean()
-        still = {name: p.detach() for name, p in self.prior.named_parameters()}                # the encoder's alone
-        return loss + self.gamma * F.softplus(-torch.func.functional_call(self.prior, still, fake).float()).mean()
+        fixed = {name: p.detach() for name, p in self.prior.named_parameters()}                # this trains the encoder
+        return loss + self.gamma * F.softplus(-torch.func.functional_call(self.prior, fixed, fake).float()).mean()
 
 
 # ---- AMDIM
@@ -292,8 +292,8 @@ class AMDIM(nn.Module):
                     for scale, embedding in self.embeddings.items()}          # (2 N, scale^2, dim)
         loss, penalty, image = 0.0, 0.0, torch.arange(len(views), device=views.device)
         for source, target in (task.split("-") for task in self.tasks):
-            a = maps[1].float() if source == "1" else embedded[source][image, position]
-            for a, b in zip(a.chunk(2), embedded[target].chunk(2)[::-1]):     # of one view, and of the other
+            all_a = maps[1].float() if source == "1" else embedded[source][image, position]
+            for a, b in zip(all_a.chunk(2), embedded[target].chunk(2)[::-1]):                 # one view, the other
                 scores, positives = inner_products(distributed.gather(a), distributed.gather(b))
                 loss = loss - mutual_information(bounded(scores, self.clip), positives, "infonce") / 2
                 penalty = penalty + self.penalty * scores.square().mean() / 2
@@ -372,9 +372,9 @@ def arguments(argv):
     if args.arch == "conv":
         parser.refuse_unused(args, ("stem",), "--arch conv")
     multiscale = args.objective == "multiscale"
-    unused = ("views", "estimator", "critic", "alpha", "beta", "gamma", "arch", "stem") if multiscale else \
-        ("depth", "tasks")
-    parser.refuse_unused(args, unused, f"--objective {args.objective}")
+    unused = {"multiscale": ("views", "estimator", "critic", "alpha", "beta", "gamma", "arch", "stem"),
+              "local": ("depth", "tasks", "alpha"), "global": ("depth", "tasks", "beta"), "both": ("depth", "tasks")}
+    parser.refuse_unused(args, unused[args.objective], f"--objective {args.objective}")
     if multiscale:
         if args.image_size < 32 or args.image_size.bit_count() > 1:
             raise Refusal(f"--objective multiscale takes an --image-size of 32, 64, 128 ..., not {args.image_size}")
@@ -406,7 +406,7 @@ def main(argv=None):
     images, batches = run.data(store_size=2 * args.image_size if crops else None)
 
     torch.manual_seed(args.seed)
-    encoder = build_encoder(args)
+    encoder, rng = build_encoder(args), augment.Random(args.seed, rank, world)
     encoders = {"trained": encoder}                                           # fc, or AMDIM's global vector
     if args.objective == "multiscale":
         model, betas, notes = AMDIM(encoder, args.tasks), (0.8, 0.999), {"loss": "chance 0.000", "penalty": ""}
@@ -426,8 +426,6 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, betas, weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
-    rng = augment.Random(args.seed, rank, world)
-
     progress = run.progress(args.epochs, len(batches), args.batch_size, notes)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
     run.watch(autocast, encoders)

@@ -10,13 +10,13 @@ projections:
     L_c = -1/2N sum_i ( log e^(z1_i.z2_i/tau) / (sum_{j!=i} e^(z1_i.z1_j/tau) + sum_j e^(z1_i.z2_j/tau))
                       + log e^(z2_i.z1_i/tau) / (sum_{j!=i} e^(z2_i.z2_j/tau) + sum_j e^(z2_i.z1_j/tau)) )
 
-    python gcrl.py                                          # embedded data, two minutes on two cores
+    python gcrl.py                                          # drawn shapes, two minutes on two cores
     python gcrl.py --dataset cifar10 --alpha 1 --beta 1     # hybrid; --beta 0: generative; --alpha 0: contrastive
     python gcrl.py --sample RUN --temperature 0.9           # draws from a saved run
 
 Differences from the paper: --alpha weighs L_g / (D - 1), the mean over the predicted tokens: --alpha D-1 is the
-equation to the letter. On CIFAR-10 at 12 x 12, alpha 8 and D-1 had the likelihood of --beta 0, and 8 the linear probe
-of --alpha 0 as well, D-1 that of --beta 0. Network, tau, weak view, schedule and 32 x 32 tokens are ours.
+equation to the letter. On CIFAR-10 at 12 x 12, alpha 8 and D-1 had the likelihood of --beta 0; alpha 8 had the linear
+probe of --alpha 0, too, D-1 that of --beta 0. Network, tau, weak view, schedule and 32 x 32 tokens are ours.
 """
 import math
 import sys
@@ -327,7 +327,7 @@ def main(argv=None):
     for part in (model.decoder, model.decoder_norm, model.to_logits):
         part.requires_grad_(generate)                                         # if not, no loss trains it
     model.head.requires_grad_(contrast)
-    net = run.wrap(model, method="outputs")                                   # in one graph they compile for minutes
+    net = run.wrap(model, method="outputs")                                   # all micro-batches compile for minutes
     groups = [{"params": [p for p in model.parameters() if p.dim() > 1]},
               {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)

@@ -13,9 +13,9 @@ key k+ = f_k(x_k), and other images give the keys k_1 .. k_K, all of length 1 (e
                  by InfoNCE or, --contrast nce, by Wu et al.'s noise-contrastive estimation
     end-to-end   f_k = f_q of the other images of the batch, with gradients through queries and keys
 
-What is kept, and probed, is f_q without its head.
+The representation, which is probed, is f_q without its head.
 
-    python moco.py                                          # embedded data, a minute or two on two cores
+    python moco.py                                          # drawn shapes, a minute or two on two cores
     python moco.py --dataset cifar10                        # ResNet-18, 200 epochs
 
 Differences from the papers: batch norm in --bn-groups and shuffled keys work on one device, too; a query's own vector
@@ -118,7 +118,7 @@ class MoCo(nn.Module):
         """
         loss, h, q, k = self.look_up(x1, x2, tau, **draws)
         if symmetric:
-            loss_2, _, _, k_2 = self.look_up(x2, x1, tau, **draws)            # the queue has neither k
+            loss_2, _, _, k_2 = self.look_up(x2, x1, tau, **draws)            # neither k is in the queue yet
             loss, k = (loss + loss_2) / 2, torch.cat([k, k_2])
         return loss, h, q, k
 
@@ -238,7 +238,7 @@ def arguments(argv):
     number("--m", 0.99, "[0, 1]", "momentum of the key encoder (paper: 0.999)")
     number("--bank-m", 0.5, "[0, 1]", "momentum of the memory bank's vectors")
     add("--head", choices=("linear", "mlp"), default="linear", help="v1: linear, v2: mlp with one hidden layer")
-    add("--augmentation", choices=("v1", "v2"), default="v2", help="colour jitter; v1: of all, v2: of 0.8, less hue")
+    add("--augmentation", choices=("v1", "v2"), default="v2", help="v1: colours of all views change; v2: of 80 %%")
     number("--blur", 0.0, "[0, 1]", "share of the views blurred (v1: 0, v2: 0.5)")
     number("--crop-min", 0.08, "(0, 1]", "least share of the area that a crop keeps (v1 and v2: 0.2)")
     add("--symmetric", action="store_true", help="each of the two views is the query once")
@@ -326,8 +326,9 @@ def main(argv=None):
                         drawn = augment.send(torch.randint(n, (args.negatives,), generator=rng.generator), device)
                     draws = dict(index=index, drawn=drawn)
                 else:
-                    order = torch.randperm(args.batch_size, generator=rng.generator)
-                    draws = dict(order=augment.send(order.sort().values if args.no_shuffle else order, device))
+                    order = torch.randperm(args.batch_size, generator=rng.generator)          # drawn in any case
+                    order = torch.arange(args.batch_size) if args.no_shuffle else order
+                    draws = dict(order=augment.send(order, device))
                 with autocast:
                     loss, h, q, k = net(x1, x2, args.tau, args.symmetric, **draws)
                 optimizer.zero_grad()

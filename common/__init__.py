@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the six scripts share and what teaches nothing about one method."""
+"""What the six scripts share: building blocks, data, the folder of a run, the evaluation of its encoder."""
 
 
 class Refusal(ValueError):

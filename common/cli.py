@@ -50,7 +50,7 @@ class RunParser(Parser):
     def __init__(self, script, method, epochs, batch_size, photographs=False, datasets=data.NAMES):
         """epochs, batch_size: their defaults. photographs: whether views are cut from a folder's whole photographs."""
         super().__init__(prog=Path(script).name, add_help=False, description=f"{method}. The defaults shown are those "
-                         f"of --dataset shapes, or of the choices that stand beside --help.")
+                         f"of --dataset shapes, or of the other flags given with --help.")
         group = self.add_argument_group("settings that all methods share")
         add, number = group.add_argument, functools.partial(self.number, group=group)
         add("-h", "--help", action="store_true", help="shows the flags")
@@ -73,8 +73,8 @@ class RunParser(Parser):
         add("--compile", action="store_true", help="torch.compile the model: faster on a GPU, after half a minute")
         number("--workers", cores(), "[0, 1024]", "processes that decode images")
         number("--cache-gb", 8.0, "[0, inf)", "GB of decoded images kept on the device; more is streamed")
-        number("--knn-every", None, "[1, inf)", "epochs from one kNN on the test images to the next, and one after the "
-               "last (default: so many that it takes at most 5 %% of the time)", int, metavar="N")
+        number("--knn-every", None, "[1, inf)", "epochs from one kNN on the test images to the next; the last has one, "
+               "too (default: as often as 5 %% of the time allows)", int, metavar="N")
         add("--out", help="folder of the run; by default the next free runs/METHOD-DATASET-SEED")
         add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
 

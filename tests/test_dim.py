@@ -329,6 +329,7 @@ def test_hue_is_turned_less_in_large_images(size, hue, monkeypatch):
     ("--objective multiscale --image-size 96", "--image-size"), ("--objective multiscale --units 63", "--units"),
     ("--objective multiscale --critic concat", "--critic"), ("--objective multiscale --arch resnet18", "--arch"),
     ("--objective multiscale --tasks 5-5", "--tasks"), ("--tasks 1-5", "--tasks"),
+    ("--alpha 1", "--alpha"), ("--objective global --beta 1", "--beta"),
     ("--depth 4", "--depth"), ("--alpha 0 --beta 0", "--alpha"), ("--image-size 20", "--image-size")])
 def test_flags_that_cannot_be(flags, named):
     with pytest.raises(Refusal, match=named):

@@ -91,12 +91,15 @@ def test_chance_of_logistic_and_margin():
     assert simclr.margin_triplet(same, same, 0.4).item() == pytest.approx(0.4)
     assert simclr.logistic(same, same, 0.5, True).item() == pytest.approx(math.log1p(math.exp(-2)))      # none is
     assert simclr.margin_triplet(same, same, 0.4, True).item() == 0                                      # semi-hard
+    z1, z2 = torch.randn(2, 64, 4096, generator=torch.Generator().manual_seed(0)).unbind()    # at chance: cosines of 0
+    for semi_hard in (False, True):
+        assert simclr.logistic(z1, z2, 0.5, semi_hard).item() == pytest.approx(2 * math.log(2), rel=0.01)
+        assert simclr.margin_triplet(z1, z2, 0.4, semi_hard).item() == pytest.approx(0.4, rel=0.02)
 
 
 @pytest.mark.parametrize("flags, chance", [
-    ("--loss logistic --tau 0.5", math.log1p(math.exp(-2)) + math.log1p(math.exp(2))),
-    ("--loss logistic --tau 0.5 --semi-hard", math.log1p(math.exp(-2))),
-    ("--loss margin --margin 0.4", 0.4), ("--loss margin --margin 0.4 --semi-hard", 0.0), ("", math.log(15))])
+    ("--loss logistic --tau 0.5", 2 * math.log(2)), ("--loss logistic --tau 0.5 --semi-hard", 2 * math.log(2)),
+    ("--loss margin --margin 0.4", 0.4), ("--loss margin --margin 0.4 --semi-hard", 0.4), ("", math.log(15))])
 def test_the_chance_that_is_printed(flags, chance, tiny, here, capsys):
     simclr.main(tiny("simclr", *flags.split(), "--epochs", 1))
     assert f"(chance {chance:.3f})" in capsys.readouterr().out

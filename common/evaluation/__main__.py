@@ -13,10 +13,10 @@ from . import depth, features, few_labels, out_of_distribution, runs
 
 
 def arguments(argv):
-    parser = cli.Parser(prog="python -m common.evaluation", description="Judges a finished run of any script. With "
+    parser = cli.Parser(prog="python -m common.evaluation", description="Evaluates a run of any script. With "
                         "--export, --map or --neighbours it only does these.")
     add, number = parser.add_argument, parser.number
-    add("run", metavar="RUN", help="folder of a finished run")
+    add("run", metavar="RUN", help="folder of a run")
     add("--dataset", choices=NAMES, help="what to judge it on; by default the run's, or the images in --data-dir")
     add("--data-dir", metavar="DIR", help="folder of downloads or of your images; by default the run's")
     number("--labels", None, "(0, 1]", "probe with these shares of the labels, too, e.g. 0.01 0.1", nargs="+",

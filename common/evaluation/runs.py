@@ -67,7 +67,7 @@ def weights(folder, name):
         state = read_tensors(path)
         return state["model"] if name == "checkpoint.pt" else state
     except FileNotFoundError:
-        raise Refusal(f"{path} is missing: that run has not come to its end, go on with --resume {folder}") from None
+        raise Refusal(f"{path} is missing: that run has saved nothing yet, go on with --resume {folder}") from None
     except Exception as error:                                                # zip, pickle and key errors
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
         raise Refusal(f"{path} cannot be read ({reason}): train that run again") from None
