@@ -7,9 +7,9 @@
 
 Trains and evaluates every row, one after the other or --jobs at a time, in --out. What is there is not done again, and
 what was stopped goes on. What a row gave goes to tests/results/BUDGET/ROW-SEED.json, and is not measured again where
-its run is gone: delete the file for that. The tables, tests/results/BUDGET.md and claims.md, have all that was ever
-measured, and so has BUDGET.png, the curves of kNN. With --data-dir the images are a folder's (DIR/train/CLASS/*,
-DIR/test/CLASS/*), else CIFAR-10 is downloaded.
+its run is gone: delete the file for that. Beside it stand GCRL's samples of the first seed. The tables,
+tests/results/BUDGET.md and claims.md, have all that was ever measured, and so has BUDGET.png, the curves of kNN. With
+--data-dir the images are a folder's (DIR/train/CLASS/*, DIR/test/CLASS/*), else CIFAR-10 is downloaded.
 """
 import argparse
 import contextlib
@@ -19,6 +19,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -309,6 +310,8 @@ def measure(words, data, seed, folder, kept, evaluation, rounds):
     row["commit"] = stored["commit"] if stored.get("command") == command else commit.stdout.strip()
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(row) + "\n")
+    if kept.name.startswith("gcrl") and seed == 0 and (folder / "samples.png").exists():
+        shutil.copy(folder / "samples.png", kept.with_suffix(".png"))
     print(f"{time.strftime('%H:%M')} {row['command']}: linear {100 * row['result']['linear']['trained']:.1f}",
           flush=True)
     return row

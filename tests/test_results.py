@@ -95,6 +95,8 @@ def test_measures_once_and_goes_on(in_process, images, tmp_path, monkeypatch):
     assert [words[0] for words in in_process] == ["simclr.py", "-m", "gcrl.py", "-m"]
     row = json.loads((tmp_path / "kept" / "small" / "gcrl-hybrid-0.json").read_text())
     assert row["evaluation"]["ood"]["patterns"].keys() == set(results.SCORES)
+    assert (tmp_path / "kept" / "small" / "gcrl-hybrid-0.png").read_bytes() == \
+        (tmp_path / "runs" / "gcrl-hybrid-0" / "samples.png").read_bytes()
     assert str(tmp_path) not in json.dumps(row) and row["log"][0]["epoch"] == 1 and row["settings"]["width"] == 8
     table = (tmp_path / "kept" / "small.md").read_text()
     line = next(line for line in table.splitlines() if line.startswith("| GCRL, hybrid |")).split(" | ")
