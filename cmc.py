@@ -23,8 +23,8 @@ on `shapes` nothing is learnt: 19.0 linear, untrained 18.7, one seed); an image'
 only scaled to about [-1, 1].
 
 Measured, linear / kNN: `shapes` 52.0 / 34.8 over three seeds (untrained 22.5 / 11.8), 45 to 50 s on a core of a Xeon;
-`--dataset cifar10 --small` 50.3 / 47.0 (39.8 / 33.6), 32 min, with `--contrast nce --schedule steps --epochs 30` 52.2 /
-47.1 (40.0 / 33.7), 43 min.
+CIFAR-10 with `--small` 51.3 / 48.0 (40.0 / 33.7), 44 min, with `--contrast nce --schedule steps --epochs 30` 52.2 /
+47.1, 43 min.
 """
 import functools
 import itertools

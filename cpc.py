@@ -20,8 +20,7 @@ two channels (v2: all, --colour-drop 1); no greyscale in v1 (v1: of all images);
 a cosine; inputs only scaled to [-1, 1].
 
 Measured, linear probe / kNN: `shapes` 58.2 +- 3.4 / 25.7 over three seeds, contexts 64.0 / 27.4 (untrained 22.7 /
-14.6), 37 to 48 s on one core of a Xeon; `--dataset cifar10 --small` 51.7 / 46.0, contexts 59.0 / 47.0
-(35.9 / 33.3).
+14.6), 37 to 48 s on one core of a Xeon; CIFAR-10 with `--small` 51.7 / 46.0, contexts 59.0 / 47.0 (35.9 / 33.3).
 """
 import functools
 import math
