@@ -27,7 +27,7 @@ Differences from the papers: the learning rate warms up and falls by a cosine (D
 earlier version, one seed); the global T is an MLP of a convolutional summary (authors: a copy of the encoder's layers).
 
 Measured, linear / kNN: `shapes` over three seeds, local, two views, 49.9 / 30.1 (untrained 27.7 / 18.2), AMDIM 65.2 /
-44.0 (33.7 / 16.9); `--dataset cifar10 --small` 58.9 / 54.3 (41.9 / 31.2), AMDIM 63.9 / 62.1 (31.2 / 28.3). One view is
+44.0 (33.7 / 16.9); CIFAR-10 with `--small` 59.0 / 53.9 (41.9 / 31.2), AMDIM 63.9 / 62.1 (31.2 / 28.3). One view is
 enough there, but not on `shapes` (20.3, untrained 25.1).
 """
 import math
