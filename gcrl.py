@@ -305,7 +305,7 @@ def main(argv=None):
     generate, contrast, device = args.alpha > 0, args.beta > 0, cli.pick_device(args.device)
     if args.micro_batch is None:
         image = 50 * args.width * args.image_size**2 * (4 * args.encoder_layers + args.decoder_layers)  # bytes, about
-        room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31    # few keep a GPU waiting
+        room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31    # a GPU waits for few
         args.micro_batch = min(args.batch_size, max(1, room // image))
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)

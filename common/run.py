@@ -217,12 +217,12 @@ class Run:
     def __exit__(self, error, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.lock:
+            self.lock.close()                                                 # before Windows shall remove it
         failed = error and issubclass(error, (Exception, KeyboardInterrupt))
         if failed and self.rank == 0 and not self.resumed and not self.saved() and not self.history:
             (self.folder / "args.json").unlink(missing_ok=True)               # a new run that came to nothing
             self.folder.rmdir()
-        if self.lock:
-            self.lock.close()
         if not failed:
             distributed.end()
 

@@ -358,7 +358,7 @@ def test_who_would_wait_for_hours_is_told_of_small(monkeypatch, seconds, setting
 
 
 def test_what_is_compiled(script, tiny, here, monkeypatch):
-    """With --compile the model, once; of gcrl.py one micro-batch, as all of a batch in one graph compile for minutes."""
+    """With --compile the model, once; of gcrl.py one micro-batch, as a graph of all of them takes minutes."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
     script.main(tiny(script, "--compile", "--epochs", 1, "--out", "run"))
