@@ -7,7 +7,7 @@ DIM's encoder turns an image into an M x M map of local vectors c and one vector
 
     alpha I(all c; Y)  +  beta mean over the M x M places I(c; Y)  -  gamma divergence(Y, uniform)
 
-by one of three estimates of mutual information, where P are the pairs of one image, Q those of two (equations 2, 4, 5):
+by an estimate of mutual information, where P are the pairs of one image, Q those of two (equations 2, 4, 5):
 
     dv         E_P[T] - log E_Q[exp T]
     jsd        E_P[-softplus(-T)] - E_Q[softplus(T)]
@@ -23,19 +23,18 @@ and 7 x 7 vectors, and one vector of its 5 x 5 map the other's 5 x 5. The repres
     python dim.py --dataset cifar10 --objective multiscale  # AMDIM
 
 Differences from the papers: the learning rate warms up and falls by a cosine (DIM: constant, AMDIM: steps); inputs in
-[0, 1] are not normalised; DIM's scores are divided by sqrt(D), without which `shapes` gave 38.3 in place of 48.6 (an
-earlier version, one seed); the global T is an MLP of a convolutional summary (authors: a copy of the encoder's layers).
+[0, 1] are not normalised; DIM's scores are divided by sqrt(D); the global T is an MLP of a convolutional summary
+(authors: a copy of the encoder's layers).
 
-Measured, linear / kNN: `shapes` over three seeds, local, two views, 49.9 / 30.1 (untrained 27.7 / 18.2), AMDIM 65.2 /
-44.0 (33.7 / 16.9); CIFAR-10 with `--small` 59.0 / 53.9 (41.9 / 31.2), AMDIM 63.9 / 62.1 (31.2 / 28.3). One view is
-enough there, but not on `shapes` (20.3, untrained 25.1).
+Measured, linear / kNN: `shapes`, three seeds, 49.9 / 30.1 (untrained 27.7 / 18.2, with one view no more), AMDIM 65.2 /
+44.0 (33.7 / 16.9); CIFAR-10, --small, one view, 59.0 / 53.9 (41.9 / 31.2), AMDIM 63.9 / 62.1 (31.2 / 28.3).
 """
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import Conv2dNormActivation
+from torchvision.ops import MLP, Conv2dNormActivation
 
 from common import Refusal, augment, cli, distributed, resnet
 from common.run import Run, cosine
@@ -78,10 +77,10 @@ class Encoder(nn.Module):
     """(N, 3, S, S) to fc (N, 16 width); `layers` also gives the local map (N, C, M, M), conv (N, ...) and Y (N, dim).
 
     arch "conv" is the paper's for 32 pixels (width 64), with a layer more at 64, so that M = 8 at both; conv is the
-    next layer's map, flattened. In a ResNet the local map is layer3's, and conv is the mean over layer4's.
+    next layer's map, flattened. A ResNet (stem "imagenet" above 64 pixels) has layer3's map, and conv is layer4's mean.
     """
 
-    def __init__(self, arch, stem, width, image_size, dim=64):
+    def __init__(self, arch, width, image_size, dim=64):
         super().__init__()
         if arch == "conv":
             depth = max(2, int(math.log2(image_size // 8)))                   # of the local map
@@ -89,7 +88,7 @@ class Encoder(nn.Module):
             stages = [Conv2dNormActivation(*pair, 4, 2, padding=1) for pair in zip(sizes, sizes[1:])]
             self.lower, self.upper = nn.Sequential(*stages[:-1]), stages[-1]
         else:
-            net = getattr(resnet, arch)(stem, width)
+            net = getattr(resnet, arch)("cifar" if image_size <= 64 else "imagenet", width)
             self.lower = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3)
             self.upper = nn.Sequential(net.layer4, nn.AdaptiveAvgPool2d(1))
         with torch.no_grad():                                                 # the sizes are those that an image gives
@@ -112,24 +111,19 @@ class Encoder(nn.Module):
         return {"local": local, "conv": conv, "fc": fc, "Y": self.y(fc)}
 
 
-def near_identity(layer):
-    """The layer, (out, in) or 1 x 1, with weights that begin as the identity (cut to that shape) plus noise."""
-    nn.init.uniform_(layer.weight, -0.01, 0.01).detach().flatten(1).fill_diagonal_(1.0)
-    return layer
-
-
 class Embedding(nn.Module):
-    """A side of `Dot`: (..., dim) to (..., units), by a hidden layer beside a near-identity, then layer norm."""
+    """Vectors (..., dim) to (..., units), to compare by inner products: a hidden layer beside a shortcut that begins as
+    the identity (cut to that shape) plus noise, then a norm. AMDIM has other norms than DIM's T."""
 
-    def __init__(self, dim, units):
+    def __init__(self, dim, units, hidden_norm=nn.BatchNorm1d, norm=nn.LayerNorm):
         super().__init__()
-        self.shortcut, self.norm = near_identity(nn.Linear(dim, units, bias=False)), nn.LayerNorm(units)
-        self.hidden, self.bn = nn.Linear(dim, units, bias=False), nn.BatchNorm1d(units)
-        self.out = nn.Linear(units, units)
+        self.shortcut, self.hidden_norm, self.norm = nn.Linear(dim, units, bias=False), hidden_norm(units), norm(units)
+        nn.init.uniform_(self.shortcut.weight, -0.01, 0.01).detach().fill_diagonal_(1.0)
+        self.hidden, self.out = nn.Linear(dim, units, bias=False), nn.Linear(units, units)
 
     def forward(self, x):
         flat = x.flatten(0, -2)                                               # (M, dim)
-        y = self.out(F.relu(self.bn(self.hidden(flat)))) + self.shortcut(flat)
+        y = self.out(F.relu(self.hidden_norm(self.hidden(flat)))) + self.shortcut(flat)
         return self.norm(y).view(*x.shape[:-1], -1)
 
 
@@ -145,13 +139,11 @@ class Dot(nn.Module):
 
 
 class Concat(nn.Module):
-    """T by concat-and-convolve, an MLP of Y and c at each place, each Y with the c of its own and of one other image:
-    Y (N, y_dim), c (N, L, channels) to scores, positives (N, 2 L)."""
+    """T by concat-and-convolve, an MLP of Y and c, each Y with every c of its own and one other image: (N, 2 L)."""
 
     def __init__(self, y_dim, channels, units):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(y_dim + channels, units), nn.ReLU(), nn.Linear(units, units), nn.ReLU(),
-                                 nn.Linear(units, 1))
+        self.net = MLP(y_dim + channels, [units, units, 1])
 
     def forward(self, y, c):
         both = torch.cat([c, c.roll(1, dims=0)], dim=1)                       # (N, 2 L, channels)
@@ -174,16 +166,14 @@ class DIM(nn.Module):
         if beta > 0:
             self.local_critic = kind(dim, encoder.local_dim, units)
         if gamma > 0:
-            self.prior = nn.Sequential(nn.Linear(dim, 1000), nn.ReLU(), nn.Linear(1000, 200), nn.ReLU(),
-                                       nn.Linear(200, 1))
+            self.prior = MLP(dim, [1000, 200, 1])
 
     def forward(self, x, uniform):
-        """x (V N, 3, S, S), the V views of each image N rows apart; uniform (V N, dim) draws from [0, 1]. Returns fc
-        (V N, 16 width) and the losses whose weights are not 0: global, local, and of `prior_matching`."""
+        """x (V N, 3, S, S), V views of each image N rows apart; uniform (V N, dim) draws from [0, 1]. Of two views Y
+        of one meets c of the other. Returns fc (V N, 16 width) and the losses of weight > 0: global, local, prior."""
         out, terms = self.encoder.layers(x), []
         ys = [distributed.gather(y) for y in out["Y"].float().chunk(self.views)]
-        maps = [distributed.gather(local) for local in out["local"].float().chunk(self.views)]
-        maps.reverse()                                                        # of two views Y of one, c of the other
+        maps = [distributed.gather(local) for local in out["local"].float().chunk(self.views)][::-1]
 
         def information(critic, cs):
             return sum(mutual_information(*critic(y, c), self.estimator) for y, c in zip(ys, cs)) / self.views
@@ -196,12 +186,10 @@ class DIM(nn.Module):
         return out["fc"], terms
 
     def prior_matching(self, real, fake):
-        """real: (M, dim) draws from the uniform distribution, fake: sigmoid(Y). D descends its cross-entropy, log 4 at
-        chance, plus half its squared gradient; the encoder descends the non-saturating loss, -gamma log D(fake), gamma
-        log 2 at chance."""
+        """real: (M, dim) uniform draws, fake: sigmoid(Y). D descends its cross-entropy (chance log 4) plus half its
+        squared gradient, the encoder the non-saturating loss -gamma log D(fake) (chance gamma log 2)."""
         loss = 0.0
-        for x, sign in ((real, -1.0), (fake.detach(), 1.0)):
-            x = x.requires_grad_()
+        for x, sign in ((real.requires_grad_(), -1.0), (fake.detach().requires_grad_(), 1.0)):
             score = self.prior(x).float()
             slope, = torch.autograd.grad(score.sum(), x, create_graph=True)
             loss = loss + F.softplus(sign * score).mean() + 0.5 * slope.square().sum(dim=1).mean()
@@ -216,7 +204,7 @@ TASKS = ("1-5", "1-7", "5-5")  # the first: the global vector of one view predic
 
 class Residual(nn.Module):
     """A convolution without padding and a 1 x 1 convolution that begins at 0, beside a mean over the same window, with
-    zeros for new channels."""
+    zeros for new channels (or cut to fewer)."""
 
     def __init__(self, channels, out, size, stride):
         super().__init__()
@@ -228,17 +216,6 @@ class Residual(nn.Module):
 
     def forward(self, x):
         return self.shortcut(x) + self.conv2(F.relu(self.conv1(x)))
-
-
-class MapEmbedding(Residual):
-    """Of a map (N, C, H, W) to (N, dim, H, W): 1 x 1 convolutions beside a near-identity, then batch norm."""
-
-    def __init__(self, channels, dim):
-        super().__init__(channels, dim, size=1, stride=1)
-        self.shortcut, self.bn = near_identity(nn.Conv2d(channels, dim, 1)), nn.BatchNorm2d(dim)
-
-    def forward(self, x):
-        return self.bn(super().forward(x))
 
 
 class MultiscaleEncoder(nn.Module):
@@ -276,43 +253,41 @@ class MultiscaleEncoder(nn.Module):
 
 
 class AMDIM(nn.Module):
-    """The encoder, and the embeddings of its maps, in which vectors of all scales are compared."""
+    """The encoder, and embeddings of its maps to compare vectors of all scales. tanh bounds scores (section 3.3)."""
 
     def __init__(self, encoder, tasks=TASKS, clip=20.0, penalty=0.05):
         super().__init__()
         self.encoder, self.tasks, self.clip, self.penalty = encoder, tasks, clip, penalty
-        self.embeddings = nn.ModuleDict({scale: MapEmbedding(encoder.channels, encoder.feature_dim)
-                                         for scale in ("5", "7") if scale in "".join(tasks)})
+        self.embeddings = nn.ModuleDict({
+            scale: Embedding(encoder.channels, encoder.feature_dim, hidden_norm=nn.Identity, norm=nn.BatchNorm1d)
+            for scale in ("5", "7") if scale in "".join(tasks)})
+        for embedding in self.embeddings.values():
+            nn.init.zeros_(embedding.out.weight)                              # as in the blocks
+            embedding.out.bias = None                                         # batch norm follows
 
     def forward(self, views, position):
         """views (2 N, 3, S, S), the two of each image N rows apart; position (2 N,) in 0..24, which vector of its 5 x 5
         map predicts. Returns the global vectors (2 N, dim), and the loss and a penalty of large scores."""
         maps = self.encoder.layers(views)
-        embedded = {scale: embedding(maps[int(scale)]).flatten(2).transpose(1, 2).float()
+        embedded = {scale: embedding(maps[int(scale)].flatten(2).transpose(1, 2)).float()
                     for scale, embedding in self.embeddings.items()}          # (2 N, scale^2, dim)
         loss, penalty, image = 0.0, 0.0, torch.arange(len(views), device=views.device)
         for source, target in (task.split("-") for task in self.tasks):
             all_a = maps[1].float() if source == "1" else embedded[source][image, position]
             for a, b in zip(all_a.chunk(2), embedded[target].chunk(2)[::-1]):                 # one view, the other
                 scores, positives = inner_products(distributed.gather(a), distributed.gather(b))
-                loss = loss - mutual_information(bounded(scores, self.clip), positives, "infonce") / 2
+                loss = loss - mutual_information(self.clip * torch.tanh(scores / self.clip), positives, "infonce") / 2
                 penalty = penalty + self.penalty * scores.square().mean() / 2
         return maps[1], [loss, penalty]
 
 
-def bounded(scores, clip):
-    """Scores within (-clip, clip), by tanh (section 3.3)."""
-    return clip * torch.tanh(scores / clip)
-
-
 def random_views(x, rng, size, count, aspect=None):
     """x uint8 (N, 3, S, S) to (count N, 3, S, S) in [0, 1]. One view is the image itself; two share the flip only, and
-    are else AMDIM's (appendix, CIFAR; from 64 pixels on a crop in place of the shift, from 128 on less hue). aspect:
-    (N,), width / height of photographs squashed to these squares, where views are crops."""
+    are else AMDIM's: for CIFAR (appendix), from 64 pixels on cropped in place of shifted, from 128 on with less hue.
+    aspect: (N,), width / height of photographs squashed to these squares."""
     if count == 1:
         return x.float() / 255
-    n, views = len(x), []
-    flip = augment.random_horizontal_flip(rng, n)
+    n, views, flip = len(x), [], augment.random_horizontal_flip(rng, len(x))
     for _ in range(2):
         if size >= 64:
             steps = augment.random_resized_crop(rng, x.shape, size, (0.3, 1.0), aspect, ratio=(0.7, 1.4))
@@ -327,7 +302,7 @@ def build_encoder(args):
     """The encoder, untrained: (N, 3, S, S) RGB in [0, 1] to features (N, D). args: the settings of a run."""
     if args.objective == "multiscale":
         return MultiscaleEncoder(args.image_size, args.width, args.units, args.depth)
-    return Encoder(args.arch, args.stem, args.width, args.image_size)
+    return Encoder(args.arch, args.width, args.image_size)
 
 
 # ---- arguments
@@ -335,13 +310,12 @@ def build_encoder(args):
 DEFAULTS = [  # of a run that makes these choices, where they differ from those below
     (dict(dataset="shapes"), dict(views=2, estimator="infonce", width=16, units=128, epochs=25, lr=1e-3)),
     (dict(dataset="stl10"), dict(image_size=64)),
-    (dict(dataset="folder"), dict(image_size=128, arch="resnet18", stem="imagenet")),
+    (dict(dataset="folder"), dict(image_size=128, arch="resnet18")),
     (dict(objective="global"), dict(alpha=1.0, beta=0.0, gamma=1.0)),
     (dict(objective="both"), dict(alpha=0.5, beta=1.0)),
     (dict(critic="concat"), dict(units=512)),
-    (dict(small=True), dict(image_size=32, arch="conv", stem="cifar", width=32, units=512, estimator="infonce",
-                            epochs=20, lr=5e-4)),
-    (dict(objective="multiscale"), dict(views=2, estimator="infonce", arch="conv", stem="cifar", width=128, units=1024,
+    (dict(small=True), dict(image_size=32, arch="conv", width=32, units=512, estimator="infonce", epochs=20, lr=5e-4)),
+    (dict(objective="multiscale"), dict(views=2, estimator="infonce", arch="conv", width=128, units=1024,
                                         batch_size=200, lr=2e-4, weight_decay=1e-5, epochs=300)),
     (dict(dataset="shapes", objective="multiscale"), dict(width=16, units=128, epochs=20, batch_size=64, lr=1e-3)),
     (dict(small=True, objective="multiscale"), dict(width=16, units=256, depth=1, epochs=5, batch_size=128, lr=1e-3)),
@@ -360,7 +334,6 @@ def arguments(argv):
     number("--beta", 1.0, "[0, inf)", "weight of the local objective")
     number("--gamma", 0.1, "[0, inf)", "weight of the adversary that makes Y uniform")
     add("--arch", choices=("conv", "resnet18", "resnet34", "resnet50"), default="conv", help="DIM's encoder")
-    add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers of a ResNet")
     number("--width", 64, "[1, inf)", "channels of the encoder's first layer (AMDIM: 128)")
     number("--depth", 3, "[1, 1000]", "convolutions of each of AMDIM's blocks (ImageNet: 10)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="AMDIM's: which scale predicts which")
@@ -369,26 +342,16 @@ def arguments(argv):
     number("--lr", 1e-4, "(0, inf)", "peak learning rate of Adam")
     number("--weight-decay", 0.0, "[0, inf)", "of all weights")
     args = parser.parse(argv, DEFAULTS)
-    if args.arch == "conv":
-        parser.refuse_unused(args, ("stem",), "--arch conv")
-    multiscale = args.objective == "multiscale"
-    unused = {"multiscale": ("views", "estimator", "critic", "alpha", "beta", "gamma", "arch", "stem"),
+    unused = {"multiscale": ("views", "estimator", "critic", "alpha", "beta", "gamma", "arch"),
               "local": ("depth", "tasks", "alpha"), "global": ("depth", "tasks", "beta"), "both": ("depth", "tasks")}
     parser.refuse_unused(args, unused[args.objective], f"--objective {args.objective}")
-    if multiscale:
+    if args.objective == "multiscale":
         if args.image_size < 32 or args.image_size.bit_count() > 1:
             raise Refusal(f"--objective multiscale takes an --image-size of 32, 64, 128 ..., not {args.image_size}")
-        if len(set(args.tasks)) < len(args.tasks):
-            raise Refusal("--tasks names one of them twice: name each once")
-        if args.tasks == ["5-5"]:
+        if set(args.tasks) == {"5-5"}:
             raise Refusal("--tasks 5-5 leaves the global vector, which is kept, as it began: add 1-5 or 1-7")
-        channels = (4 if args.image_size == 32 else 8) * args.width
-        if args.units < channels:
-            raise Refusal(f"--units {args.units} is less than the {channels} channels of AMDIM's maps: lower --width")
     elif args.alpha == args.beta == 0:
         raise Refusal("--alpha 0 with --beta 0 leaves no objective: give one of them a weight")
-    elif args.arch == "conv" and args.image_size % 8:
-        raise Refusal(f"--image-size {args.image_size} is not a multiple of 8, which --arch conv needs")
     return args
 
 
@@ -402,8 +365,7 @@ def main(argv=None):
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
-    crops = args.views == 2 and args.image_size >= 64
-    images, batches = run.data(store_size=2 * args.image_size if crops else None)
+    images, batches = run.data(store_size=2 * args.image_size if args.views == 2 and args.image_size >= 64 else None)
 
     torch.manual_seed(args.seed)
     encoder, rng = build_encoder(args), augment.Random(args.seed, rank, world)

@@ -121,7 +121,7 @@ def test_training_moves_every_weight(script, finished):
              "moco": lambda: moco.MoCo(moco.EncoderWithHead("resnet18", "cifar", 4, "mlp", 2), "queue", 10),
              "cmc": lambda: cmc.CMC(cmc.Encoder("lab", "resnet18", "cifar", 4), 40),
              "cpc": lambda: cpc.CPC(cpc.Encoder("resnet18", "cifar", 4, "layer", 4, 2), 4, [2], 8),
-             "dim": lambda: dim.DIM(dim.Encoder("conv", "cifar", 4, 8), 1, 0, 1, 0.1, "jsd", "dot", 8),
+             "dim": lambda: dim.DIM(dim.Encoder("conv", 4, 8), 1, 0, 1, 0.1, "jsd", "dot", 8),
              }[script.__name__]()
     still = [name for name, p in model.named_parameters() if torch.equal(p, run.model[name])]
     assert not still
@@ -259,8 +259,7 @@ BAD = {
             "--norm group", "--augmentation v3", "--colour-drop 0.5 --augmentation v1",
             "--context-width 0", "--warmup 2"],
     "dim": ["--objective all", "--estimator nwj", "--critic sum", "--alpha -1", "--beta -1", "--gamma nan", "--units 0",
-            "--depth 0", "--views 3", "--arch resnet9", "--image-size 12", "--beta 0", "--objective multiscale",
-            "--stem cifar --arch conv"],
+            "--depth 0", "--views 3", "--arch resnet9", "--beta 0", "--objective multiscale"],
     "gcrl": ["--warmup 2", "--jitter -1", "--alpha 0 --beta 0", "--alpha -1", "--heads 3", "--heads 0",
              "--colours 1", "--encoder-layers 0", "--tau 0.5 --beta 0", "--jitter 0.1 --beta 0"],
 }
@@ -506,7 +505,7 @@ def test_beta_zero(tiny, here, monkeypatch):
     (cpc, "--directions 1 --norm batch --augmentation v1"), (cpc, "--norm none --amp bf16 --first 1"),
     (dim, "--objective global"), (dim, "--objective both --critic concat --estimator dv --views 2"),
     (dim, "--estimator infonce --gamma 0"),
-    (dim, "--arch resnet18 --stem cifar --amp bf16"),
+    (dim, "--arch resnet18 --amp bf16"),
     (dim, "--objective multiscale --tasks 1-7 --image-size 32 --width 2 --units 8 --depth 1 --batch-size 8"),
     (dim, "--objective multiscale --image-size 32 --width 2 --units 8 --depth 2 --batch-size 8")],
     ids=lambda value: getattr(value, "__name__", value))
