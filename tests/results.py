@@ -283,7 +283,7 @@ def measure(words, data, seed, folder, kept, evaluation, rounds):
     row = json.loads(kept.read_text()) if kept.exists() and not folder.exists() else {}
 
     def has_evaluation(row):
-        return not evaluated or row.get("evaluated", evaluated if row.get("evaluation") else []) == evaluated
+        return not evaluated or row.get("evaluated") == evaluated
     if row.get("command") == command and has_evaluation(row):
         return row
     started = (folder / "args.json").exists()
