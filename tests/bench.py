@@ -186,7 +186,7 @@ def bench_cpc(device, autocast, n, repeats, width):
 
 def bench_dim(device, autocast, n, repeats, width):
     x = torch.rand(n, 3, 32, 32, device=device)
-    model = dim.DIM(dim.Encoder("conv", "cifar", width, 32), 1, 0.0, 1.0, 0.1, "jsd", "dot", 2048)
+    model = dim.DIM(dim.Encoder("conv", width, 32), 1, 0.0, 1.0, 0.1, "jsd", "dot", 2048)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
 
