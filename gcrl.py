@@ -306,7 +306,7 @@ def main(argv=None):
     if args.micro_batch is None:
         image = 50 * args.width * args.image_size**2 * (4 * args.encoder_layers + args.decoder_layers)  # bytes, about
         room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31    # a GPU waits for few
-        args.micro_batch = math.ceil(args.batch_size / math.ceil(args.batch_size * image / room))            # even parts
+        args.micro_batch = math.ceil(args.batch_size / math.ceil(args.batch_size * image / room))  # in even parts
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
