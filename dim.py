@@ -26,8 +26,8 @@ Differences from the papers: the learning rate warms up and falls by a cosine (D
 [0, 1] are not normalised; DIM's scores are divided by sqrt(D); the global T is an MLP of a convolutional summary
 (authors: a copy of the encoder's layers).
 
-Measured, linear / kNN: `shapes`, three seeds, 49.9 / 30.1 (untrained 27.7 / 18.2, with one view no more), AMDIM 65.2 /
-44.0 (33.7 / 16.9); CIFAR-10, --small, one view, 59.0 / 53.9 (41.9 / 31.2), AMDIM 63.9 / 62.1 (31.2 / 28.3).
+Measured, linear / kNN: `shapes`, three seeds, 49.9 / 30.1 (untrained 27.7 / 18.2; of one view, one seed, 20.3 linear),
+AMDIM 65.2 / 44.0 (33.7 / 16.9); CIFAR-10, --small, one view 59.0 / 53.9 (41.9 / 31.2), AMDIM 63.9 / 62.1 (31.2 / 28.3).
 """
 import math
 

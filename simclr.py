@@ -13,8 +13,8 @@ The loss is the mean over the 2N views. The representation, which is probed, is 
 
 Sources of the defaults: cifar10 is dkobak/simclr-cifar10's (SGD, batches of 512, decay 5e-4, crops of 0.2; a rate of
 0.06 gave it 85.6 % linear after 100 epochs, 0.03 91.7 % after 1,000), but for greys of 0.2 and a hidden layer as wide
-as h, which are the paper's (theirs: 0.1, better by 0.7, and 1,024 wide); folder is the paper's for ImageNet (LARS,
-section 2.2; tau 0.1, table 5); --optimizer lars brings the authors' rate for CIFAR-10.
+as h, which are the paper's (theirs: 0.1, which they found better, and 1,024 wide); folder is the paper's for ImageNet
+(LARS, section 2.2; tau 0.1, table 5); --optimizer lars brings the authors' rate for CIFAR-10.
 
 Differences from the paper: a head of two layers without batch norm (the authors' code: three with it, --head mlp-bn,
 and each block's last batch norm begins at 0; in 10 epochs of 10,000 images the first gains nothing, the second one
@@ -248,7 +248,7 @@ def arguments(argv):
     number("--blur", 0.0, "[0, 1]", "share of the views blurred (ImageNet: 0.5)")
     number("--warmup", 0.0, "[0, 1]", "share of the epochs with a rising rate")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="lars is the paper's")
-    number("--lr", 0.06, "(0, inf)", "peak learning rate for 256 images (for 1,000 epochs: 0.03); scaled by batch size")
+    number("--lr", 0.06, "(0, inf)", "peak learning rate for 256 images; scaled by batch size (1,000 epochs: 0.03)")
     number("--weight-decay", 5e-4, "[0, inf)", "of all weights but biases and batch norm")
     # A non-linear head gains 3 points over a linear one and 10 over none, and h is better than z (figure 8, table 3).
     add("--head", choices=("mlp", "mlp-bn", "linear", "none"), default="mlp", help="projection head g; mlp-bn: three "
@@ -308,8 +308,7 @@ def main(argv=None):
 
     criterion, chance = {                                                     # chance: of cosines of 0
         "nt-xent": (lambda z1, z2, y: nt_xent(z1, z2, args.tau), math.log(2 * args.batch_size - 1)),
-        "logistic": (lambda z1, z2, y: logistic(z1, z2, args.tau, args.semi_hard),
-                     2 * math.log(2)),
+        "logistic": (lambda z1, z2, y: logistic(z1, z2, args.tau, args.semi_hard), 2 * math.log(2)),
         "margin": (lambda z1, z2, y: margin_triplet(z1, z2, args.margin, args.semi_hard), args.margin),
         "supervised": (lambda z1, z2, y: F.cross_entropy(torch.cat([z1, z2]), y.repeat(2)),
                        math.log(max(1, len(images.classes))))}[args.loss]
