@@ -225,7 +225,7 @@ DEFAULTS = [  # of a run that makes these choices, where they differ from those 
     (dict(dataset="stl10"), dict(image_size=96)),
     (dict(dataset="fashionmnist"), dict(image_size=28)),
     (dict(dataset="folder"), dict(image_size=224, jitter=1.0, blur=0.5, stem="imagenet", crop_min=0.08, tau=0.1,
-                                  optimizer="lars", warmup=0.05)),
+                                  optimizer="lars", warmup=0.05, lr=0.03)),
     (dict(small=True), dict(image_size=32, jitter=0.5, blur=0.0, stem="cifar", width=16, epochs=20, batch_size=256,
                             crop_min=0.2, lr=0.2, tau=0.2, optimizer="sgd", weight_decay=1e-4, warmup=0.05)),
     (dict(optimizer="lars"), dict(lr=1.0, weight_decay=1e-4, warmup=0.05)),   # the authors' for CIFAR-10

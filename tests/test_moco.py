@@ -293,7 +293,7 @@ def test_a_queue_longer_than_a_quarter_of_the_images_is_refused(tiny, here):
     (simclr, "--dataset cifar10", dict(lr=0.06, weight_decay=5e-4, crop_min=0.2)),            # dkobak/simclr-cifar10
     (simclr, "--dataset cifar10 --optimizer lars", dict(lr=1.0, weight_decay=1e-4, tau=0.5)),  # google-research/simclr
     (simclr, "--dataset cifar10 --optimizer lars --small", dict(lr=1.0, weight_decay=1e-4, batch_size=256)),
-    (simclr, "--dataset folder --optimizer sgd", dict(lr=0.06, weight_decay=5e-4, image_size=224)),
+    (simclr, "--dataset folder --optimizer sgd", dict(lr=0.03, weight_decay=5e-4, image_size=224)),
     (simclr, "--dataset folder --small", dict(optimizer="sgd", lr=0.2)),
     (simclr, "--dataset folder", dict(optimizer="lars", lr=0.3, weight_decay=1e-6, tau=0.1, crop_min=0.08, blur=0.5)),
     (moco, "--dataset folder", dict(crop_min=0.2, tau=0.2, m=0.999, batch_size=256, lr=0.03, head="mlp", blur=0.5)),
