@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: MIT
 """CMC: Contrastive Multiview Coding (Tian et al. 2019, 1906.05849).
 
-Views are channels of one image (L and ab, Y and CbCr, or R, G and B), or aligned folders of images (colour and depth,
-say). Each view V_i has an encoder and a projection z_i = g_i(f_i(v_i)), |z_i| = 1. Views of one image shall be near, of
-different images far, by the critic h(v_i, v_j) = exp(z_i.z_j / tau). Anchored at view i, contrasting view j:
+The views are channels of an image (L and ab, Y and CbCr, or R, G and B), or aligned folders of images (such as colour
+and depth). Each view V_i has its own encoder and projection z_i = g_i(f_i(v_i)), |z_i| = 1. The critic h(v_i, v_j) =
+exp(z_i.z_j / tau) should be high for views of the same image and low otherwise. With view i as anchor:
 
     softmax    -log  h(v_i, v_j) / (h(v_i, v_j) + sum_{l=1..m} h(v_i, v_j^l))
     nce        -log  P(v_j) - sum_{l=1..m} log (1 - P(v_j^l)),     P = p / (p + m / n),  p = h / Z
 
-L(V_i, V_j) is the sum of both anchorings; --graph core sums it over the pairs with the first view, full over all pairs.
-The z_j of the n training images are kept in a memory bank for each view, as running means; key and negatives are drawn
-from it (one draw serves the batch, where the paper draws for each image), or they are the batch's own, end-to-end. Z
-is n times the mean of h over the batch's negatives. The representation, which is probed, is all f_i(v_i) in a row.
+L(V_i, V_j) is the sum over both choices of the anchor; --graph core adds it up over the pairs with the first view, full
+over all pairs. A memory bank for each view keeps a running mean of z_j for each of the n training images. Keys and
+negatives come from it, or with --dictionary end-to-end from the batch. Z is n times the mean of h over the negatives.
+The representation that is kept and evaluated is the concatenation of all f_i(v_i).
 
-    python cmc.py                                           # drawn shapes, L and ab
-    python cmc.py --dataset cifar10 --contrast nce          # ResNet-18 of half width a view, 200 epochs
-    python cmc.py --views-dir COLOUR DEPTH                  # two folders of images of the same names
+    python cmc.py                                           # generated shapes, L and ab
+    python cmc.py --dataset cifar10 --contrast nce          # a ResNet-18 of half width per view, 200 epochs
+    python cmc.py --views-dir COLOUR DEPTH                  # two folders of images with the same names
 
-Differences from the paper: softmax by default (paper: nce); the bank begins as what the untrained encoders say (paper:
-at random) and Z is estimated anew on each batch (paper: on the first alone, which random vectors make so small that
-on `shapes` nothing is learnt: 19.0 linear, untrained 18.7, one seed); an image's own vector is no negative; inputs are
-only scaled to about [-1, 1].
+Differences from the paper: softmax is the default (paper: nce); the negatives are drawn once for a whole batch (paper:
+for each image); the bank starts from the outputs of the untrained encoders (paper: random vectors) and Z is estimated
+on each batch (paper: on the first, where random vectors make it so small that nothing is learnt on `shapes`: 19.0
+linear, untrained 18.7, one seed); an image's own vector is no negative; inputs are only scaled to about [-1, 1].
 
 Measured, linear / kNN: `shapes` 52.0 / 34.8 over three seeds (untrained 22.5 / 11.8), 45 to 50 s on a core of a Xeon;
 CIFAR-10 with `--small` 51.3 / 48.0 (40.0 / 33.7), 44 min, with `--contrast nce --schedule steps --epochs 30` 52.2 /
@@ -44,7 +44,7 @@ CHANNELS = {"lab": (1, 2), "ycbcr": (1, 2), "rgb": (1, 1, 1)}
 
 
 def linear_map(x, matrix):
-    """(N, 3, H, W) times a 3 x 3 matrix (rows to), in x's own precision: autocast would take bf16 for a product."""
+    """A 3 x 3 matrix times the channels of x (N, 3, H, W), written as sums, since autocast runs products in bf16."""
     return torch.cat([sum(weight * x[:, i : i + 1] for i, weight in enumerate(row)) for row in matrix], dim=1)
 
 
@@ -67,8 +67,8 @@ def rgb_to_ycbcr(x):
 
 
 def split(x, views):
-    """(N, 3, H, W) RGB in [0, 1] to its views, each (N, channels, H, W), scaled to about [-1, 1]. views: of CHANNELS,
-    or "folders", where x holds three channels of each folder."""
+    """RGB (N, 3, H, W) in [0, 1] to its views, each (N, channels, H, W), scaled to about [-1, 1]. views: a key of
+    CHANNELS, or "folders", where x holds three channels for each folder."""
     if views == "lab":
         lab = rgb_to_lab(x)
         return [lab[:, :1] / 50 - 1, lab[:, 1:] / 50]                         # a and b of photographs are small
@@ -79,9 +79,9 @@ def split(x, views):
 
 
 def view(x, rng, size, crop_min, jitter, aspect=None):
-    """The same random crop, flip and, if jitter (SimCLR's strength s) > 0, colours for all channels of an image:
-    x uint8 (N, C, H, W) to float (N, C, size, size) in [0, 1]. aspect: (N,), width / height of photographs squashed to
-    these squares."""
+    """Augments all channels of an image alike, by crop, flip and, if jitter (SimCLR's strength s) > 0, colour:
+    x uint8 (N, C, H, W) to float (N, C, size, size) in [0, 1]. aspect: (N,), width / height of the photographs before
+    they were resized to squares."""
     s = jitter
     steps = augment.random_resized_crop(rng, x.shape, size, (crop_min, 1.0), aspect)
     if s > 0:
@@ -90,7 +90,7 @@ def view(x, rng, size, crop_min, jitter, aspect=None):
 
 
 def as_colours(x):
-    """A view (N, 1 to 3, H, W) in [-1, 1] to RGB to look at: one channel is grey, two are red and green beside blue."""
+    """A view (N, 1 to 3, H, W) in [-1, 1] as RGB, to look at: one channel is grey, two are red and green."""
     rgb = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else F.pad(x, (0, 0, 0, 0, 0, 3 - x.shape[1]))
     return (rgb / 2 + 0.5).clamp(0, 1)
 
@@ -99,7 +99,7 @@ def as_colours(x):
 
 
 class Encoder(nn.Module):
-    """A ResNet for each view: (N, 3, S, S) RGB in [0, 1] to the concatenation of their features, (N, feature_dim)."""
+    """A ResNet for each view: RGB (N, 3, S, S) in [0, 1] to the concatenation of their features, (N, feature_dim)."""
 
     def __init__(self, views, arch, stem, width, folders=0):
         super().__init__()
@@ -119,13 +119,13 @@ class Encoder(nn.Module):
 
 
 def build_encoder(args):
-    """The encoder, untrained: (N, 3, S, S) RGB in [0, 1] to features (N, D). args: the settings of a run."""
+    """The untrained encoder: RGB (N, 3, S, S) in [0, 1] to features (N, D). args: the settings of a run."""
     views, folders = ("folders", len(args.views_dir)) if args.views_dir else (args.views, 0)
     return Encoder(views, args.arch, args.stem, args.width, folders)
 
 
 class CMC(nn.Module):
-    """Encoders, projections, and as a buffer the memory banks (of 0 images: end-to-end)."""
+    """Encoders, projections and, as a buffer, the memory banks (end-to-end: empty ones)."""
 
     def __init__(self, encoder, images, dim=128):
         super().__init__()
@@ -134,22 +134,22 @@ class CMC(nn.Module):
         self.register_buffer("bank", F.normalize(torch.randn(count, images, dim), dim=2))     # (V, n, C)
 
     def forward(self, x):
-        """h (N, feature_dim), and z (N, V, C) of length 1."""
+        """The features h (N, feature_dim) and the normalised projections z (N, V, C)."""
         features = self.encoder.features(x)                                   # V times (N, feature_dim / V)
         z = torch.stack([head(f) for head, f in zip(self.heads, features)], dim=1)
         return torch.cat(features, dim=1), F.normalize(z.float(), dim=2)
 
     def candidates(self, z, j, index, drawn):
-        """View j's keys (N, C), negatives (m, C), and own (N, m): which negatives are of the anchor's own image.
+        """The keys (N, C) and negatives (m, C) of view j, and own (N, m), true where both are of the same image.
 
-        z: (N, V, C) of the whole batch. From the bank, index: (N,) which training images these are, drawn: (m,).
+        z: (N, V, C) of the whole batch. index (N,), drawn (m,): the training images of the batch and of the negatives.
         """
         if self.bank.shape[1] > 0:
             return self.bank[j, index], self.bank[j, drawn], index[:, None] == drawn
         return z[:, j], z[:, j], torch.eye(len(z), dtype=torch.bool, device=z.device)         # with gradient
 
     def loss(self, z, index, drawn, pairs, contrast, tau):
-        """The sum over the (anchor, contrasted) views (i, j) of pairs. z, index, drawn: as in `candidates`."""
+        """The sum over pairs (i, j) of an anchor and a contrasted view. z, index, drawn: as in `candidates`."""
         total = 0.0
         for i, j in pairs:
             keys, negatives, own = self.candidates(z, j, index, drawn)
@@ -161,14 +161,14 @@ class CMC(nn.Module):
 
     @torch.no_grad()
     def remember(self, z, index, momentum):
-        """The banks' vectors, if any, move towards z (N, V, C): momentum of the old, 1 - momentum of the new."""
+        """Moves the vectors in the banks, if any, towards z (N, V, C): momentum is the share of the old ones."""
         if self.bank.shape[1] > 0:
             old = self.bank[:, index]                                         # (V, N, C)
             self.bank[:, index] = F.normalize(torch.lerp(z.transpose(0, 1), old, momentum), dim=2)
 
 
 def pairs_of(graph, count):
-    """The (anchor, contrasted) views, both ways: of each pair ("full") or of the first with each other one ("core")."""
+    """Pairs of an anchor and a contrasted view, in both orders: all ("full"), or those with the first view ("core")."""
     return [(i, j) for i, j in itertools.permutations(range(count), 2) if graph == "full" or 0 in (i, j)]
 
 
@@ -178,8 +178,8 @@ def pairs_of(graph, count):
 def softmax_contrast(q, k, negatives, tau, own=None):
     """-log of the softmax, mean over the anchors: a scalar. Equal keys give log(1 + m), the chance level.
 
-    q, k: (N, C) anchors and the other view's vectors of the same images. negatives: (m, C). All of length 1.
-    tau > 0, the temperature. own: (N, m) bool, true where a negative is of the anchor's own image, and is left out.
+    q, k: (N, C) anchors, and the other view's vectors of the same images. negatives: (m, C). All have length 1.
+    tau > 0, the temperature. own: (N, m) bool, true where a negative is of the anchor's own image and is left out.
     """
     others = q @ negatives.T                                                  # (N, m)
     if own is not None:
@@ -191,9 +191,9 @@ def softmax_contrast(q, k, negatives, tau, own=None):
 def nce(q, k, negatives, tau, images, own=None):
     """Noise-contrastive estimation (Gutmann & Hyvarinen 2010, as Wu et al. 2018), mean over the anchors: a scalar.
 
-    Telling the key from m draws of uniform noise over the n = `images`: a logistic regression on log p - log(m / n),
-    p = exp(q.k / tau) / Z, Z = n times the mean of exp(q.k' / tau) over all anchors and negatives k', without gradient.
-    The rest as in `softmax_contrast`; draws that are left out are not counted. Equal keys give log(1 + m) + m log(1 +
+    A logistic regression on log p - log(m / n) tells the key from m uniform draws out of n = `images`. p = exp(q.k /
+    tau) / Z, and Z is n times the mean of exp(q.k' / tau) over all anchors and negatives k', without gradient. The rest
+    is as in `softmax_contrast`; draws that are left out do not count towards m. Equal keys give log(1 + m) + m log(1 +
     1 / m), the chance level.
     """
     own = torch.zeros(len(q), len(negatives), dtype=torch.bool, device=q.device) if own is None else own
@@ -205,13 +205,13 @@ def nce(q, k, negatives, tau, images, own=None):
 
 
 def step_decay(step, steps):
-    """The paper's schedule: a factor of 1, divided by 10 after 120, 160 and 200 of 240 epochs."""
+    """The paper's schedule, a factor of the rate: 1, divided by 10 after 120, 160 and 200 of 240 epochs."""
     return 0.1 ** sum(240 * step >= epoch * steps for epoch in (120, 160, 200))
 
 
 # ---- arguments
 
-DEFAULTS = [  # of a run that makes these choices, where they differ from those below
+DEFAULTS = [  # of runs with these settings, where they differ from the flags' defaults below
     (dict(dataset="shapes"), dict(image_size=16, width=8, epochs=40, batch_size=128, crop_min=0.4, lr=0.2, tau=0.2,
                                   dictionary="end-to-end", schedule="cosine")),
     (dict(dataset="stl10"), dict(image_size=96)),
@@ -229,22 +229,22 @@ def arguments(argv):
     parser = cli.RunParser(__file__, "CMC", epochs=200, batch_size=128, photographs=True,
                            datasets=[name for name in data.NAMES if name != "fashionmnist"])            # that is grey
     add, number = parser.add_argument, parser.number
-    add("--views", choices=CHANNELS, default="lab", help="channels that are views: L and ab, Y and CbCr, or R, G and B")
-    add("--views-dir", nargs="+", metavar="DIR", help="views of your own: folders with images of the same names")
-    add("--graph", choices=("full", "core"), default="full", help="pairs of views: all, or those with the first")
-    add("--contrast", choices=("nce", "softmax"), default="softmax", help="the paper's loss, or InfoNCE")
-    add("--dictionary", choices=("memory-bank", "end-to-end"), default="memory-bank", help="of keys (paper: a bank)")
-    number("--negatives", 4096, "[0, inf)", "m: drawn from the memory bank (0: all of it)")
+    add("--views", choices=CHANNELS, default="lab", help="the views: L and ab, Y and CbCr, or R, G and B")
+    add("--views-dir", nargs="+", metavar="DIR", help="views of your own: folders of images with the same names")
+    add("--graph", choices=("full", "core"), default="full", help="pairs of views: all, or those with the first view")
+    add("--contrast", choices=("nce", "softmax"), default="softmax", help="the loss: the paper's, or InfoNCE")
+    add("--dictionary", choices=("memory-bank", "end-to-end"), default="memory-bank", help="source of the keys")
+    number("--negatives", 4096, "[0, inf)", "m: number of draws from the memory bank (0: all of it)")
     number("--bank-m", 0.5, "[0, 1]", "momentum of the memory banks' vectors")
-    number("--crop-min", 0.2, "(0, 1]", "least share of the area that a crop keeps")
-    number("--jitter", 0.0, "[0, inf)", "strength of a colour distortion before the split")
+    number("--crop-min", 0.2, "(0, 1]", "smallest share of the image's area that a crop keeps")
+    number("--jitter", 0.0, "[0, inf)", "strength of a colour distortion before the split into views")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoders")
     number("--width", 32, "[1, inf)", "channels of an encoder's first stage (paper: half of 64)")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
     add("--schedule", choices=("steps", "cosine"), default="steps", help="steps: at 1/2, 2/3 and 5/6 of the epochs")
-    number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate, of --schedule cosine")
+    number("--warmup", 0.05, "[0, 1]", "share of the epochs in which the learning rate rises, with --schedule cosine")
     number("--lr", 0.06, "(0, inf)", "peak learning rate for 256 images; scaled by batch size / 256")
-    number("--weight-decay", 5e-4, "[0, inf)", "of all weights (paper: 0.0001)")
+    number("--weight-decay", 5e-4, "[0, inf)", "on all weights (paper: 0.0001)")
     number("--tau", 0.1, "(0, inf)", "temperature of the loss (ImageNet: 0.07)")
     args = parser.parse(argv, DEFAULTS)
     if args.schedule == "steps":
@@ -269,8 +269,8 @@ def arguments(argv):
 
 @torch.no_grad()
 def fill_banks(model, batches, rng, random_view, autocast):
-    """The banks begin as what the untrained encoders say of the images (`data.Batches`). From random vectors, as in the
-    paper, training first learns to keep away from those seen so far, which takes many epochs to unlearn."""
+    """Fills the banks with the untrained encoders' outputs for all images (`data.Batches`). From random vectors, as in
+    the paper, training first learns to avoid the images seen so far, which takes many epochs to unlearn."""
     for index, x in batches.every_image():
         x = random_view(x, rng, aspect=batches.images.aspect[index])
         with autocast:
@@ -298,7 +298,7 @@ def main(argv=None):
     schedule = step_decay if args.schedule == "steps" else functools.partial(cosine, warmup=args.warmup)
     optimizer = torch.optim.SGD(model.parameters(), peak_lr, momentum=0.9, weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # else small gradients are 0 in fp16
     rng = augment.Random(args.seed, rank, world)
     random_view = functools.partial(view, size=args.image_size, crop_min=args.crop_min, jitter=args.jitter)
 
@@ -310,7 +310,7 @@ def main(argv=None):
     net.train()
     if entries and first_epoch == first_step == 0:
         fill_banks(model, batches, rng, random_view, autocast)
-        run.ready("memory bank", "by the untrained encoders")
+        run.ready("memory bank", "filled by the untrained encoders")
     with run:
         for epoch in range(first_epoch, args.epochs):
             for step, index, x in batches.epoch(epoch, first_step):

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""CPC: Representation Learning with Contrastive Predictive Coding (van den Oord et al. 2018, 1807.03748), with what
-v2 changed: Data-Efficient Image Recognition with CPC (Henaff et al. 2019, 1905.09272).
+"""CPC: Representation Learning with Contrastive Predictive Coding (van den Oord et al. 2018, 1807.03748), and its
+version 2: Data-Efficient Image Recognition with Contrastive Predictive Coding (Henaff et al. 2019, 1905.09272).
 
-An image becomes a G x G grid of overlapping patches. An encoder maps each to a vector z_{i,j}; a masked convolutional
-network maps those of rows i - 5 to i to a context c_{i,j}, from which a linear map W_k predicts the patch k rows below.
-InfoNCE asks to tell that patch from those of other places and images (v2, equation 2):
+An image is cut into a G x G grid of overlapping patches. An encoder maps each patch to a vector z_{i,j}; a masked
+convolutional network summarises rows i - 5 to i in a context c_{i,j}, from which a linear map W_k predicts the patch k
+rows below. InfoNCE has to tell that patch from those of other places and other images (v2, equation 2):
 
     L = - mean over i, j, k of  log  exp(W_k c_{i,j} . t_{i+k,j}) / sum_l exp(W_k c_{i,j} . t_l),      t = W z
 
-v2 predicts in four directions, each with a context of its own. The representation, which is probed, is the mean of
-z over the grid.
+v2 predicts in four directions, each with its own context network. The representation that is kept and evaluated is
+the mean of z over the grid.
 
-    python cpc.py                                           # drawn shapes, a minute on two cores
-    python cpc.py --dataset cifar10                         # ResNet-18 of each patch, 200 epochs
+    python cpc.py                                           # generated shapes, a minute on two cores
+    python cpc.py --dataset cifar10                         # ResNet-18 on each patch, 200 epochs
 
-Differences from the papers: the first row that is predicted is the first that shares no pixel with the context (v1:
-k = 1); of AutoAugment's operations v2's patches get three, each to a tenth (v2: two of sixteen), and 0.2 of them lose
-two channels (v2: all, --colour-drop 1); no greyscale in v1 (v1: of all images); a ResNet-50 (v2: ResNet-161); Adam with
-a cosine; inputs only scaled to [-1, 1].
+Differences from the papers: prediction starts at the first row that shares no pixel with the context (v1: k = 1); v2's
+patches get three of AutoAugment's operations, each with probability 0.1 (v2: two of sixteen), and 0.2 of them lose two
+channels (v2: all, --colour-drop 1); v1 has no greyscale (v1: all images are grey); folders take a ResNet-50 (v2:
+ResNet-161); Adam's rate follows a cosine; inputs are only scaled to [-1, 1].
 
 Measured, linear probe / kNN: `shapes` 58.2 +- 3.4 / 25.7 over three seeds, contexts 64.0 / 27.4 (untrained 22.7 /
 14.6), 37 to 48 s on one core of a Xeon; CIFAR-10 with `--small` 51.7 / 46.0, contexts 59.0 / 47.0 (35.9 / 33.3).
@@ -37,8 +37,8 @@ from common.run import Run, cosine
 
 
 def cut(x, patch, stride):
-    """(N, 3, S, S) to its patches (N, G, G, 3, patch, patch), row by row, G = (S - patch) // stride + 1; what is then
-    left at the right and below is not seen."""
+    """Cuts (N, 3, S, S) into patches (N, G, G, 3, patch, patch), row by row, G = (S - patch) // stride + 1. A margin at
+    the right and at the bottom may be left over."""
     return x.unfold(2, patch, stride).unfold(3, patch, stride).permute(0, 2, 3, 1, 4, 5)
 
 
@@ -49,9 +49,9 @@ TONES = (functional.invert, functools.partial(functional.posterize, bits=3),    
 def view(x, rng, size, crop_min, augmentation, colour_drop, patch, stride, aspect=None):
     """The augmented patches of each image: x uint8 (N, 3, H, W) to float (N, G, G, 3, patch, patch) in [0, 1].
 
-    crop_min: least share of the image's area that its crop keeps. augmentation: "v1" moves each patch by a little (a
-    crop of 60 out of 64 pixels, padded), "v2" gives each its own flip, shear and bend, colours, tones and grey, and to
-    a share colour_drop one channel only. aspect: (N,), width / height of photographs squashed to these squares.
+    crop_min: smallest share of the image's area that its crop keeps. augmentation: "v1" shifts each patch a little (a
+    crop of 60 out of 64 pixels, padded); "v2" flips, shears, bends and recolours each patch on its own, and drops two
+    of its channels with probability colour_drop. aspect: (N,), width / height of photographs resized to these squares.
     """
     side = (size - patch) // stride + 1
     n, patches = len(x), len(x) * side * side
@@ -72,15 +72,16 @@ def view(x, rng, size, crop_min, augmentation, colour_drop, patch, stride, aspec
 
 
 def random_warp(rng, n, p=0.2, most=0.3):
-    """Shears a share p of the patches and bends a share p by random shifts of a 4 x 4 grid of points, interpolated:
-    v2's shear and elastic deformation. most: the largest shear and shift, in half sides."""
+    """Shears a patch with probability p, and with probability p bends it by random shifts of a 4 x 4 grid of points:
+    v2's shear and elastic deformation. most: the largest shear and shift, as a fraction of half the side."""
     shear = most * rng.uniform(n, 2, low=-1.0) * (rng.uniform(n, 1) < p)
     bend = most * rng.uniform(n, 2, 4, 4, low=-1.0) * (rng.uniform(n, 1, 1, 1) < p)
     return augment.where(shear.any(dim=1) | bend.flatten(1).any(dim=1), warp, shear, bend)
 
 
 def warp(x, shear, bend):
-    """x (N, C, S, S) by shear (N, 2), of x and of y, and shifts bend (N, 2, K, K); outside lies the nearest pixel."""
+    """Warps x (N, C, S, S) by shear (N, 2), horizontal and vertical, and by bend (N, 2, K, K), shifts of a K x K grid.
+    Pixels from outside the image take the value of the nearest edge pixel."""
     edge, affine = 1 - 1 / x.shape[3], torch.eye(2, 3, device=x.device).repeat(len(x), 1, 1)
     affine[:, 0, 1], affine[:, 1, 0] = shear[:, 0], shear[:, 1]
     shifts = F.interpolate(bend, x.shape[2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
@@ -89,12 +90,12 @@ def warp(x, shear, bend):
 
 
 def drop_colours(x, kept):
-    """Leaves one channel of each image, kept (N,) in 0..2, and sets the other two to the middle of the range."""
+    """Keeps one channel of each image, kept (N,) in 0..2, and sets the other two to the middle of the range."""
     return torch.where((torch.arange(3, device=x.device) == kept[:, None])[:, :, None, None], x, 0.5)
 
 
 def mosaic(patches):
-    """(N, G, G, 3, p, p) as images (N, 3, G (p + 1), G (p + 1)), white between the patches."""
+    """Patches (N, G, G, 3, p, p) as images (N, 3, G (p + 1), G (p + 1)) with white lines between the patches."""
     tiles = F.pad(patches, (0, 1, 0, 1), value=1.0)                           # (N, G, G, 3, p + 1, p + 1)
     return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
@@ -103,10 +104,10 @@ def mosaic(patches):
 
 
 class Encoder(nn.Module):
-    """A ResNet of each patch: (N, 3, S, S) RGB in [0, 1] to the mean of z over the grid, (N, feature_dim).
+    """A ResNet on each patch: RGB (N, 3, S, S) in [0, 1] to the mean of z over the grid, (N, feature_dim).
 
-    norm: "layer" (v2), "none" (v1) or "batch", whose statistics tie patches together: through them a context
-    sees what it shall predict.
+    norm: "layer" (v2), "none" (v1) or "batch", whose statistics connect the patches, so that the context can see
+    what it has to predict.
     """
 
     def __init__(self, arch, stem, width, norm, patch, stride):
@@ -124,20 +125,20 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         return torch.cat([self.grid(cut(part, self.patch, self.stride)).mean(dim=(2, 3))
-                          for part in x.split(64)])                           # 64 images at a time, for memory
+                          for part in x.split(64)])                           # 64 images at a time, to save memory
 
     def stages(self):
         return self.net.stages()
 
 
 def build_encoder(args):
-    """The encoder, untrained: (N, 3, S, S) RGB in [0, 1] to features (N, D). args: the settings of a run."""
+    """The untrained encoder: RGB (N, 3, S, S) in [0, 1] to features (N, D). args: the settings of a run."""
     return Encoder(args.arch, args.stem, args.width, args.norm, args.patch, args.stride)
 
 
 class Context(nn.Module):
-    """g_ar: z (N, C, G, G) to c of that shape; c_{i,j} sees row i and `depth` rows above, in both `depth` columns to
-    the left and right (v2, appendix: the PixelCNN)."""
+    """g_ar: z (N, C, G, G) to c of the same shape. c_{i,j} sees row i and the `depth` rows above it, up to `depth`
+    columns to either side (v2, appendix: the PixelCNN)."""
 
     def __init__(self, channels, hidden, depth=5):
         super().__init__()
@@ -157,8 +158,8 @@ class CPC(nn.Module):
     """Encoder, the context network of each direction, its predictors W_k, and the projection W of the targets."""
 
     def __init__(self, encoder, directions, ahead, hidden=256, dim=64):
-        """directions: 1 (downwards) or 4. ahead: the k that are predicted. hidden: channels inside the context network.
-        dim: of predictions and targets (v2: 64)."""
+        """directions: 1 (downwards) or 4. ahead: the k to predict. hidden: channels inside the context network. dim:
+        length of predictions and targets (v2: 64)."""
         super().__init__()
         channels = encoder.feature_dim
         self.encoder, self.ahead = encoder, ahead
@@ -167,12 +168,12 @@ class CPC(nn.Module):
         self.target = nn.Conv2d(channels, dim, 1, bias=False)
 
     def context(self, z):
-        """z (N, C, G, G) to the contexts of the directions, each (N, C, G, G) and turned so that it looks downwards."""
+        """z (N, C, G, G) to the context of each direction, (N, C, G, G), rotated so that the direction is downwards."""
         return [context(z.rot90(turn, (2, 3))) for turn, context in enumerate(self.contexts)]
 
     def forward(self, patches):
-        """(N, G, G, 3, p, p) to z's mean (N, C), predictions (N, directions, steps ahead, D, G, G), turned as their
-        contexts are, and targets (N, D, G, G)."""
+        """(N, G, G, 3, p, p) to the mean of z (N, C), predictions (N, directions, steps ahead, D, G, G), rotated like
+        their contexts, and targets (N, D, G, G)."""
         z = self.encoder.grid(patches)                                        # (N, C, G, G)
         predictions = [predictor(c).unflatten(1, (len(self.ahead), -1))       # (N, steps, D, G, G)
                        for c, predictor in zip(self.context(z), self.predictors)]
@@ -180,7 +181,7 @@ class CPC(nn.Module):
 
 
 class ContextEncoder(nn.Module):
-    """The contexts in place of z: (N, 3, S, S) in [0, 1] to their mean over the grid, (N, directions feature_dim)."""
+    """RGB (N, 3, S, S) in [0, 1] to the mean of the contexts over the grid, (N, directions feature_dim)."""
 
     def __init__(self, model):
         super().__init__()
@@ -188,15 +189,15 @@ class ContextEncoder(nn.Module):
 
     def forward(self, x):
         encoder = self.model.encoder
-        grids = [encoder.grid(cut(part, encoder.patch, encoder.stride)) for part in x.split(64)]            # for memory
+        grids = [encoder.grid(cut(part, encoder.patch, encoder.stride)) for part in x.split(64)]
         return torch.cat(self.model.context(torch.cat(grids)), dim=1).mean(dim=(2, 3))
 
 
 def steps_ahead(patch, stride, last, first=None):
-    """The k from `first` up to `last`. Without `first` it is the first for which the patch k rows below shares no pixel
-    with those that the context has seen.
+    """The k from `first` to `last`. By default the first is the smallest k for which the patch k rows below shares no
+    pixel with those that the context has seen.
 
-    With overlapping patches the next row is for the greater part in sight: predicting it teaches to match pixels.
+    When patches overlap, most of the next row has been seen already, and predicting it only teaches to match pixels.
     """
     return range(first or -(-patch // stride), last + 1)
 
@@ -207,11 +208,11 @@ def steps_ahead(patch, stride, last, first=None):
 def info_nce(predictions, targets):
     """InfoNCE (v1, equation 4; v2, equation 2), mean over the predictions: a scalar.
 
-    predictions, targets: (M, D), row i of each belonging together; to a prediction all other targets, of other places
-    (here those k rows down and more; v2's code takes all) and of other images, are negatives. Scored by the inner
-    product / sqrt(D), which keeps the softmax from saturating at the start (v2: * 0.1 at D = 64). Equal targets give
-    log(M), the chance level. Were the negatives independent, log(M) minus the loss would bound the mutual information
-    of context and target from below.
+    predictions, targets: (M, D), row i of one belonging to row i of the other. All other targets are negatives, from
+    other places (here at least k rows down; v2's code takes all places) and from other images. Scores are
+    inner products / sqrt(D), which keeps the softmax from saturating at the start (v2: * 0.1 at D = 64). Equal targets
+    give log(M), the chance level. If the negatives were independent, log(M) minus the loss would be a lower bound on
+    the mutual information of context and target.
     """
     with torch.autocast(predictions.device.type, enabled=False):
         logits = predictions.float() @ targets.float().T / math.sqrt(targets.shape[1])        # (M, M)
@@ -219,10 +220,10 @@ def info_nce(predictions, targets):
 
 
 def pairs(predictions, targets, ahead):
-    """Yields, for each direction and each k in `ahead`, what belongs together: predictions and targets, (M, D) each,
-    M = N (G - k) G.
+    """Yields the predictions and their targets, (M, D) each, for each direction and each k in `ahead`; M = N (G - k) G.
 
-    predictions: (N, directions, len(ahead), D, G, G), a turn by 90 degrees between directions. targets: (N, D, G, G).
+    predictions: (N, directions, len(ahead), D, G, G), each direction rotated by a further 90 degrees. targets:
+    (N, D, G, G).
     """
     for turn in range(predictions.shape[1]):
         for i, k in enumerate(ahead):
@@ -238,7 +239,7 @@ def flatten_positions(x):
 
 # ---- arguments
 
-DEFAULTS = [  # of a run that makes these choices, where they differ from those below
+DEFAULTS = [  # of runs with these settings, where they differ from the flags' defaults below
     (dict(dataset="shapes"), dict(image_size=20, steps=3, width=8, context_width=64, epochs=6, batch_size=32, lr=2e-3)),
     (dict(dataset="stl10"), dict(image_size=64, patch=16, stride=8)),
     (dict(dataset="fashionmnist"), dict(image_size=28)),
@@ -252,26 +253,26 @@ DEFAULTS = [  # of a run that makes these choices, where they differ from those 
 def arguments(argv):
     parser = cli.RunParser(__file__, "CPC", epochs=200, batch_size=64, photographs=True)
     add, number = parser.add_argument, parser.number
-    number("--patch", 8, "[1, inf)", "side of a patch, pixels (256-pixel ImageNet, v1: 64, v2: 80)")
-    number("--stride", 4, "[1, inf)", "from patch to patch, pixels (v1: 32; v2: 29 with 7 rows of 80)")
-    number("--steps", 5, "[1, inf)", "rows ahead that are predicted, at most (v1: 5)")
-    number("--first", None, "[1, inf)", "first row ahead that is predicted (default: the first that shares no pixel "
-        "with the context; v1: 1)", kind=int)
+    number("--patch", 8, "[1, inf)", "side of a patch in pixels (256-pixel ImageNet, v1: 64, v2: 80)")
+    number("--stride", 4, "[1, inf)", "pixels from one patch to the next (v1: 32; v2: 29 with 7 rows of 80)")
+    number("--steps", 5, "[1, inf)", "largest number of rows to predict ahead (v1: 5)")
+    number("--first", None, "[1, inf)", "smallest number of rows to predict ahead (default: the first row that "
+        "shares no pixel with the context; v1: 1)", kind=int)
     add("--directions", type=int, choices=(1, 4), default=4, help="v1: 1, downwards; v2: 4")
     number("--context-width", 256, "[1, inf)", "channels inside the context network (v2: 256)")
-    # Batch norm ties the patches of an image together, so that a context can know what it shall predict (v2).
-    add("--norm", choices=("layer", "batch", "none"), default="layer", help="in the encoder; v1: none, v2: layer")
+    # Batch norm connects the patches of an image, so that a context can know what it has to predict (v2).
+    add("--norm", choices=("layer", "batch", "none"), default="layer", help="norm in the encoder; v1: none, v2: layer")
     add("--augmentation", choices=("v1", "v2"), default="v2",
-        help="of each patch alone; v1: small shifts; v2: flips, warps, colours, dropped channels")
-    number("--colour-drop", 0.2, "[0, 1]", "share of the patches that keep one of three channels, of --augmentation v2 "
+        help="of each patch on its own; v1: small shifts; v2: flips, warps, colours, dropped channels")
+    number("--colour-drop", 0.2, "[0, 1]", "probability that a patch keeps only one channel, with --augmentation v2 "
         "(paper: 1)")
-    number("--crop-min", 0.5, "(0, 1]", "least share of the area that a crop keeps")
+    number("--crop-min", 0.5, "(0, 1]", "smallest share of the image's area that a crop keeps")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
     number("--width", 64, "[1, inf)", "channels of the encoder's first stage")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
-    number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
+    number("--warmup", 0.05, "[0, 1]", "share of the epochs in which the learning rate rises")
     number("--lr", 2e-4, "(0, inf)", "peak learning rate of Adam (v1: 0.0002)")
-    number("--weight-decay", 1e-5, "[0, inf)", "of all weights")
+    number("--weight-decay", 1e-5, "[0, inf)", "on all weights")
     args = parser.parse(argv, DEFAULTS)
     if args.augmentation == "v1":
         parser.refuse_unused(args, ("colour_drop",), "--augmentation v1")
@@ -306,7 +307,7 @@ def main(argv=None):
     net = run.wrap(model)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # else small gradients are 0 in fp16
     rng = augment.Random(args.seed, rank, world)
     random_view = functools.partial(view, size=args.image_size, crop_min=args.crop_min,
                                     augmentation=args.augmentation, colour_drop=args.colour_drop, patch=args.patch,
@@ -326,7 +327,7 @@ def main(argv=None):
                 patches = random_view(x, rng, aspect=images.train.aspect[index])              # (N, G, G, 3, p, p)
                 with autocast:
                     h, predictions, targets = net(patches)
-                # Each process sees the negatives of all: the loss is that of the whole batch.
+                # Every process computes the loss of the whole batch, with the negatives of all.
                 predictions, targets = distributed.gather(predictions), distributed.gather(targets)
                 losses = [info_nce(p, t) for p, t in pairs(predictions, targets, ahead)]
                 loss = sum(losses) / len(losses)

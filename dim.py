@@ -2,29 +2,29 @@
 """DIM: Learning Deep Representations by Mutual Information Estimation and Maximization (Hjelm et al. 2018, 1808.06670),
 and AMDIM: Learning Representations by Maximizing Mutual Information Across Views (Bachman et al. 2019, 1906.00910).
 
-DIM's encoder turns an image into an M x M map of local vectors c and one vector Y. With T, a network that scores pairs
-(c, Y), it maximises (equation 8)
+DIM's encoder turns an image into an M x M map of local vectors c and one global vector Y. It maximises (equation 8)
 
     alpha I(all c; Y)  +  beta mean over the M x M places I(c; Y)  -  gamma divergence(Y, uniform)
 
-by an estimate of mutual information, where P are the pairs of one image, Q those of two (equations 2, 4, 5):
+The mutual information is estimated with a network T that scores pairs (c, Y). P denotes pairs from the same image, Q
+pairs from two different images (equations 2, 4, 5):
 
     dv         E_P[T] - log E_Q[exp T]
     jsd        E_P[-softplus(-T)] - E_Q[softplus(T)]
     infonce    E_P[T - log (exp T + sum over the Q of this Y of exp T)]
 
-The divergence is what an adversary sees between sigmoid(Y) and the uniform distribution. AMDIM (--objective multiscale)
-takes two views of each image and has no Y: by infonce the global vector of one view predicts the other's maps of 5 x 5
-and 7 x 7 vectors, and one vector of its 5 x 5 map the other's 5 x 5. The representation is DIM's last hidden layer, fc
-(conv, the last map, and Y are probed beside it), or AMDIM's global vector.
+The divergence is measured by an adversary that tells sigmoid(Y) from uniform draws. AMDIM (--objective multiscale) has
+two views of each image and no Y: with infonce, the global vector of one view predicts the 5 x 5 and 7 x 7 maps of the
+other, and one vector of its 5 x 5 map predicts the other's 5 x 5 map. The representation is DIM's last hidden layer, fc
+(conv, the last map, and Y are evaluated as well), or AMDIM's global vector.
 
-    python dim.py                                           # drawn shapes, a minute or two on two cores
+    python dim.py                                           # generated shapes, a minute or two on two cores
     python dim.py --dataset cifar10 --estimator infonce     # the paper's encoder
     python dim.py --dataset cifar10 --objective multiscale  # AMDIM
 
-Differences from the papers: the learning rate warms up and falls by a cosine (DIM: constant, AMDIM: steps); inputs in
-[0, 1] are not normalised; DIM's scores are divided by sqrt(D); the global T is an MLP of a convolutional summary
-(authors: a copy of the encoder's layers).
+Differences from the papers: the learning rate warms up and follows a cosine (DIM: constant, AMDIM: steps); inputs are
+in [0, 1], not normalised; DIM's scores are divided by sqrt(D); the global T is an MLP on a convolutional summary of the
+map (authors: on a copy of the encoder's layers).
 
 Measured, linear / kNN: `shapes`, three seeds, 49.9 / 30.1 (untrained 27.7 / 18.2; of one view, one seed, 20.3 linear),
 AMDIM 65.2 / 44.0 (33.7 / 16.9); CIFAR-10, --small, one view 59.0 / 53.9 (41.9 / 31.2), AMDIM 63.9 / 62.1 (31.2 / 28.3).
@@ -45,26 +45,26 @@ from common.run import Run, cosine
 def mutual_information(scores, positives, estimator):
     """An estimate of mutual information, to be maximised: a scalar.
 
-    scores: (N, K), T of N vectors with K candidates each. positives: (N, K) bool, true where the pair is of one image
-    (P), at least once in each row, false where it is of two (Q), equally often in each row.
+    scores: (N, K), T of N vectors with K candidates each. positives: (N, K) bool, true for pairs from one image (P), at
+    least one in each row, and false for pairs from two images (Q), equally many in each row.
     estimator: "dv" and "infonce" are lower bounds in nats if the pairs of Q are independent (the places of one image
-    are not); infonce has log(1 + negatives of a row) added, which it cannot exceed. "jsd" is at best 2 JS(P, Q) - log
-    4, within [-log 4, 0]. At chance, T = 0, they are 0, 0 and -log 4.
+    are not); to infonce log(1 + negatives in a row) is added, its upper limit. "jsd" is at most 2 JS(P, Q) - log 4,
+    within [-log 4, 0]. At chance level, T = 0, they are 0, 0 and -log 4.
     """
     scores = scores.float()
-    def mean(x, mask):                                                        # x[mask] would make a GPU wait
+    def mean(x, mask):                                                        # x[mask] would synchronise the GPU
         return torch.where(mask, x, 0.0).sum() / mask.sum()
     if estimator == "jsd":
         return -mean(F.softplus(-scores), positives) - mean(F.softplus(scores), ~positives)
     others = scores.masked_fill(positives, -math.inf).logsumexp(dim=1, keepdim=True)          # (N, 1)
     if estimator == "infonce":
-        log_softmax = scores - torch.logaddexp(scores, others)                # (N, K), of a positive and the negatives
+        log_softmax = scores - torch.logaddexp(scores, others)                # (N, K), positive among negatives
         return mean(log_softmax, positives) + (~positives[0]).sum().log1p()
     return mean(scores, positives) - (others.logsumexp(dim=(0, 1)) - (~positives).sum().log())
 
 
 def inner_products(a, b):
-    """a (N, D) by all vectors of b (N, L, D), / sqrt(D) so that they begin small: scores (N, N L), and positives."""
+    """Scores (N, N L) of a (N, D) with all vectors of b (N, L, D), divided by sqrt(D) to start small; and positives."""
     with torch.autocast(a.device.type, enabled=False):
         scores = a.float() @ b.float().flatten(0, 1).T / math.sqrt(a.shape[1])
     return scores, torch.eye(len(a), dtype=torch.bool, device=a.device).repeat_interleave(b.shape[1], dim=1)
@@ -76,8 +76,8 @@ def inner_products(a, b):
 class Encoder(nn.Module):
     """(N, 3, S, S) to fc (N, 16 width); `layers` also gives the local map (N, C, M, M), conv (N, ...) and Y (N, dim).
 
-    arch "conv" is the paper's for 32 pixels (width 64), with a layer more at 64, so that M = 8 at both; conv is the
-    next layer's map, flattened. A ResNet (stem "imagenet" above 64 pixels) has layer3's map, and conv is layer4's mean.
+    arch "conv" is the paper's encoder for 32 pixels (width 64), with a layer more at 64 so that M = 8; conv is the map
+    of the next layer, flattened. ResNets (stem "imagenet" above 64 pixels) have layer3's map and layer4's mean as conv.
     """
 
     def __init__(self, arch, width, image_size, dim=64):
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
             net = getattr(resnet, arch)("cifar" if image_size <= 64 else "imagenet", width)
             self.lower = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3)
             self.upper = nn.Sequential(net.layer4, nn.AdaptiveAvgPool2d(1))
-        with torch.no_grad():                                                 # the sizes are those that an image gives
+        with torch.no_grad():                                                 # the sizes, from a blank image
             local = self.eval().lower(torch.zeros(1, 3, image_size, image_size))
             self.local_dim, self.positions, self.conv_dim = *local.flatten(2).shape[1:], self.upper(local).numel()
         self.fc = nn.Sequential(nn.Linear(self.conv_dim, 16 * width), nn.BatchNorm1d(16 * width), nn.ReLU())
@@ -112,8 +112,8 @@ class Encoder(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Vectors (..., dim) to (..., units), to compare by inner products: a hidden layer beside a shortcut that begins as
-    the identity (cut to that shape) plus noise, then a norm. AMDIM has other norms than DIM's T."""
+    """Vectors (..., dim) to (..., units), compared by inner products: a hidden layer with a shortcut that starts as the
+    identity (cropped to that shape) plus noise, then a norm. AMDIM uses other norms than DIM's T."""
 
     def __init__(self, dim, units, hidden_norm=nn.BatchNorm1d, norm=nn.LayerNorm):
         super().__init__()
@@ -128,7 +128,7 @@ class Embedding(nn.Module):
 
 
 class Dot(nn.Module):
-    """T by encode-and-dot, every Y with every c: Y (N, y_dim), c (N, L, channels) to scores, positives (N, N L)."""
+    """Encode-and-dot T, every Y with every c: Y (N, y_dim), c (N, L, channels) to scores and positives (N, N L)."""
 
     def __init__(self, y_dim, channels, units):
         super().__init__()
@@ -139,7 +139,7 @@ class Dot(nn.Module):
 
 
 class Concat(nn.Module):
-    """T by concat-and-convolve, an MLP of Y and c, each Y with every c of its own and one other image: (N, 2 L)."""
+    """Concat-and-convolve T, an MLP on Y and c; each Y with every c of its own and of one other image: (N, 2 L)."""
 
     def __init__(self, y_dim, channels, units):
         super().__init__()
@@ -152,7 +152,7 @@ class Concat(nn.Module):
 
 
 class DIM(nn.Module):
-    """The encoder, T of the global and of the local objective, and the adversary on Y."""
+    """The encoder, T for the global and for the local objective, and the adversary on Y."""
 
     def __init__(self, encoder, views, alpha, beta, gamma, estimator, critic, units, dim=64):
         super().__init__()
@@ -169,31 +169,31 @@ class DIM(nn.Module):
             self.prior = MLP(dim, [1000, 200, 1])
 
     def forward(self, x, uniform):
-        """x (V N, 3, S, S), V views of each image N rows apart; uniform (V N, dim) draws from [0, 1]. Of two views Y
-        of one meets c of the other. Returns fc (V N, 16 width) and the losses of weight > 0: global, local, prior."""
+        """x (V N, 3, S, S): V views of each image, N rows apart. uniform (V N, dim): draws from [0, 1]. If V is 2, Y of
+        one view meets c of the other. Returns fc (V N, 16 width) and the losses in use: global, local, prior."""
         out, terms = self.encoder.layers(x), []
         ys = [distributed.gather(y) for y in out["Y"].float().chunk(self.views)]
         maps = [distributed.gather(local) for local in out["local"].float().chunk(self.views)][::-1]
 
         def information(critic, cs):
             return sum(mutual_information(*critic(y, c), self.estimator) for y, c in zip(ys, cs)) / self.views
-        if self.alpha > 0:                                                    # one c of all the map, (N, 1, 32 M M)
+        if self.alpha > 0:                                                    # one c for the whole map, (N, 1, 32 M M)
             terms.append(-self.alpha * information(self.global_critic, [self.summary(c)[:, None] for c in maps]))
-        if self.beta > 0:                                                     # one of each place, (N, M M, C)
+        if self.beta > 0:                                                     # one c for each place, (N, M M, C)
             terms.append(-self.beta * information(self.local_critic, [c.flatten(2).transpose(1, 2) for c in maps]))
         if self.gamma > 0:
             terms.append(self.prior_matching(distributed.gather(uniform), torch.cat(ys).sigmoid()))
         return out["fc"], terms
 
     def prior_matching(self, real, fake):
-        """real: (M, dim) uniform draws, fake: sigmoid(Y). D descends its cross-entropy (chance log 4) plus half its
-        squared gradient, the encoder the non-saturating loss -gamma log D(fake) (chance gamma log 2)."""
+        """real: (M, dim) uniform draws, fake: sigmoid(Y). The adversary D minimises its cross-entropy (chance log 4)
+        plus half its squared gradient; the encoder minimises -gamma log D(fake) (chance gamma log 2)."""
         loss = 0.0
         for x, sign in ((real.requires_grad_(), -1.0), (fake.detach().requires_grad_(), 1.0)):
             score = self.prior(x).float()
             slope, = torch.autograd.grad(score.sum(), x, create_graph=True)
             loss = loss + F.softplus(sign * score).mean() + 0.5 * slope.square().sum(dim=1).mean()
-        fixed = {name: p.detach() for name, p in self.prior.named_parameters()}                # this trains the encoder
+        fixed = {name: p.detach() for name, p in self.prior.named_parameters()}                # D does not learn here
         return loss + self.gamma * F.softplus(-torch.func.functional_call(self.prior, fixed, fake).float()).mean()
 
 
@@ -203,8 +203,8 @@ TASKS = ("1-5", "1-7", "5-5")  # the first: the global vector of one view predic
 
 
 class Residual(nn.Module):
-    """A convolution without padding and a 1 x 1 convolution that begins at 0, beside a mean over the same window, with
-    zeros for new channels (or cut to fewer)."""
+    """A convolution without padding and a 1 x 1 convolution that starts at 0, added to the mean over the same window,
+    which is padded with zero channels or cropped."""
 
     def __init__(self, channels, out, size, stride):
         super().__init__()
@@ -222,8 +222,8 @@ class MultiscaleEncoder(nn.Module):
     """(N, 3, S, S), S = 32, 64, 128 ..., to (N, dim). `layers` also gives the maps: {7: (N, C, 7, 7), 5: (N, C, 5, 5),
     1: (N, dim)}, C = `channels`, 4 width at 32 pixels, else 8 width.
 
-    Hardly anything is padded and most layers are 1 x 1, so that a vector of the 7 x 7 map has seen about S / 4 pixels,
-    one of the 5 x 5 map S / 2: to predict a place that has seen the whole image would teach nothing.
+    There is hardly any padding and most layers are 1 x 1, so that the receptive field is about S / 4 in the 7 x 7 map
+    and S / 2 in the 5 x 5 map: predicting a vector that has seen the whole image would teach nothing.
     """
 
     def __init__(self, image_size, width, dim, depth):
@@ -253,7 +253,7 @@ class MultiscaleEncoder(nn.Module):
 
 
 class AMDIM(nn.Module):
-    """The encoder, and embeddings of its maps to compare vectors of all scales. tanh bounds scores (section 3.3)."""
+    """The encoder, and embeddings that make its maps comparable across scales. tanh bounds scores (section 3.3)."""
 
     def __init__(self, encoder, tasks=TASKS, clip=20.0, penalty=0.05):
         super().__init__()
@@ -262,12 +262,12 @@ class AMDIM(nn.Module):
             scale: Embedding(encoder.channels, encoder.feature_dim, hidden_norm=nn.Identity, norm=nn.BatchNorm1d)
             for scale in ("5", "7") if scale in "".join(tasks)})
         for embedding in self.embeddings.values():
-            nn.init.zeros_(embedding.out.weight)                              # as in the blocks
+            nn.init.zeros_(embedding.out.weight)                              # as in `Residual`
             embedding.out.bias = None                                         # batch norm follows
 
     def forward(self, views, position):
-        """views (2 N, 3, S, S), the two of each image N rows apart; position (2 N,) in 0..24, which vector of its 5 x 5
-        map predicts. Returns the global vectors (2 N, dim), and the loss and a penalty of large scores."""
+        """views (2 N, 3, S, S): two of each image, N rows apart. position (2 N,) in 0..24: which vector of a 5 x 5 map
+        predicts. Returns the global vectors (2 N, dim), and the loss and a penalty on large scores."""
         maps = self.encoder.layers(views)
         embedded = {scale: embedding(maps[int(scale)].flatten(2).transpose(1, 2)).float()
                     for scale, embedding in self.embeddings.items()}          # (2 N, scale^2, dim)
@@ -282,9 +282,9 @@ class AMDIM(nn.Module):
 
 
 def random_views(x, rng, size, count, aspect=None):
-    """x uint8 (N, 3, S, S) to (count N, 3, S, S) in [0, 1]. One view is the image itself; two share the flip only, and
-    are else AMDIM's: for CIFAR (appendix), from 64 pixels on cropped in place of shifted, from 128 on with less hue.
-    aspect: (N,), width / height of photographs squashed to these squares."""
+    """x uint8 (N, 3, S, S) to (count N, 3, S, S) in [0, 1]. One view is the image itself. Two share their flip and are
+    augmented as in AMDIM: for CIFAR (appendix), from 64 pixels on by crops, not shifts, from 128 on with less hue.
+    aspect: (N,), width / height of the photographs before they were resized to squares."""
     if count == 1:
         return x.float() / 255
     n, views, flip = len(x), [], augment.random_horizontal_flip(rng, len(x))
@@ -299,7 +299,7 @@ def random_views(x, rng, size, count, aspect=None):
 
 
 def build_encoder(args):
-    """The encoder, untrained: (N, 3, S, S) RGB in [0, 1] to features (N, D). args: the settings of a run."""
+    """The untrained encoder: RGB (N, 3, S, S) in [0, 1] to features (N, D). args: the settings of a run."""
     if args.objective == "multiscale":
         return MultiscaleEncoder(args.image_size, args.width, args.units, args.depth)
     return Encoder(args.arch, args.width, args.image_size)
@@ -307,7 +307,7 @@ def build_encoder(args):
 
 # ---- arguments
 
-DEFAULTS = [  # of a run that makes these choices, where they differ from those below
+DEFAULTS = [  # of runs with these settings, where they differ from the flags' defaults below
     (dict(dataset="shapes"), dict(views=2, estimator="infonce", width=16, units=128, epochs=25, lr=1e-3)),
     (dict(dataset="stl10"), dict(image_size=64)),
     (dict(dataset="folder"), dict(image_size=128, arch="resnet18")),
@@ -326,21 +326,21 @@ def arguments(argv):
     parser = cli.RunParser(__file__, "DIM and AMDIM", epochs=200, batch_size=64)
     add, number = parser.add_argument, parser.number
     add("--objective", choices=("local", "global", "both", "multiscale"), default="local",
-        help="DIM: mutual information of Y with each place, with the whole map, or with both; multiscale: AMDIM")
-    add("--estimator", choices=("jsd", "infonce", "dv"), default="jsd", help="DIM's; AMDIM takes infonce")
-    add("--critic", choices=("dot", "concat"), default="dot", help="DIM's T: encode-and-dot or concat-and-convolve")
-    add("--views", type=int, choices=(1, 2), default=1, help="1: the image itself; 2: Y of one view, c of the other")
+        help="DIM: mutual information of Y with each place, with the whole map, or both; multiscale: AMDIM")
+    add("--estimator", choices=("jsd", "infonce", "dv"), default="jsd", help="of DIM; AMDIM always uses infonce")
+    add("--critic", choices=("dot", "concat"), default="dot", help="T of DIM: encode-and-dot or concat-and-convolve")
+    add("--views", type=int, choices=(1, 2), default=1, help="1: the image itself; 2: Y of one, c of the other")
     number("--alpha", 0.0, "[0, inf)", "weight of the global objective")
     number("--beta", 1.0, "[0, inf)", "weight of the local objective")
     number("--gamma", 0.1, "[0, inf)", "weight of the adversary that makes Y uniform")
     add("--arch", choices=("conv", "resnet18", "resnet34", "resnet50"), default="conv", help="DIM's encoder")
     number("--width", 64, "[1, inf)", "channels of the encoder's first layer (AMDIM: 128)")
-    number("--depth", 3, "[1, 1000]", "convolutions of each of AMDIM's blocks (ImageNet: 10)")
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="AMDIM's: which scale predicts which")
-    number("--units", 2048, "[1, inf)", "width of T's hidden layers (concat: 512), or of AMDIM's vectors (1024)")
-    number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
+    number("--depth", 3, "[1, 1000]", "convolutions in each block of AMDIM (ImageNet: 10)")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of AMDIM: which scale predicts which")
+    number("--units", 2048, "[1, inf)", "width of T's hidden layers (concat: 512) or of AMDIM's vectors (1024)")
+    number("--warmup", 0.05, "[0, 1]", "share of the epochs in which the learning rate rises")
     number("--lr", 1e-4, "(0, inf)", "peak learning rate of Adam")
-    number("--weight-decay", 0.0, "[0, inf)", "of all weights")
+    number("--weight-decay", 0.0, "[0, inf)", "on all weights")
     args = parser.parse(argv, DEFAULTS)
     unused = {"multiscale": ("views", "estimator", "critic", "alpha", "beta", "gamma", "arch"),
               "local": ("depth", "tasks", "alpha"), "global": ("depth", "tasks", "beta"), "both": ("depth", "tasks")}
@@ -372,11 +372,11 @@ def main(argv=None):
     encoders = {"trained": encoder}                                           # fc, or AMDIM's global vector
     if args.objective == "multiscale":
         model, betas, notes = AMDIM(encoder, args.tasks), (0.8, 0.999), {"loss": "chance 0.000", "penalty": ""}
-        draw = lambda n: (25 * rng.uniform(n)).long()                         # which of its 5 x 5 places predicts
+        draw = lambda n: (25 * rng.uniform(n)).long()                         # which place of the 5 x 5 predicts
     else:
         betas, model = (0.9, 0.999), DIM(encoder, args.views, args.alpha, args.beta, args.gamma, args.estimator,
                                          args.critic, args.units)
-        draw = lambda n: rng.uniform(n, 64)                                   # what the adversary shall take Y for
+        draw = lambda n: rng.uniform(n, 64)                                   # the adversary's real examples
         level = math.log(4) if args.estimator == "jsd" else 0.0
         losses = [("global", args.alpha, args.alpha * level), ("local", args.beta, args.beta * level),
                   ("prior", args.gamma, math.log(4) + args.gamma * math.log(2))]
@@ -387,7 +387,7 @@ def main(argv=None):
     net = run.wrap(model)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, betas, weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # else small gradients are 0 in fp16
     progress = run.progress(args.epochs, len(batches), args.batch_size, notes)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
     run.watch(autocast, encoders)

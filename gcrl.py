@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: MIT
 """GCRL: Generative-Contrastive Representation Learning (2106.06162), an axial transformer trained on two losses.
 
-An image is D = H W tokens of a colour palette, in raster order; its feature is the encoder's output, averaged over the
-positions. Of each of N images x1 is a weakly and x2 a strongly augmented view, and z1 and z2 are their normalised
-projections:
+An image is a sequence of D = H W tokens, indices into a colour palette, in raster order. Its feature is the encoder's
+output averaged over the positions. For each of N images, x1 is a weakly and x2 a strongly augmented view, and z1 and z2
+are their normalised projections:
 
     L   = alpha L_g + beta L_c
     L_g = -1/N  sum_i sum_{k=2..D} log p(x1[i,k] | x1[i,<k])
     L_c = -1/2N sum_i ( log e^(z1_i.z2_i/tau) / (sum_{j!=i} e^(z1_i.z1_j/tau) + sum_j e^(z1_i.z2_j/tau))
                       + log e^(z2_i.z1_i/tau) / (sum_{j!=i} e^(z2_i.z2_j/tau) + sum_j e^(z2_i.z1_j/tau)) )
 
-    python gcrl.py                                          # drawn shapes, two minutes on two cores
+    python gcrl.py                                          # generated shapes, two minutes on two cores
     python gcrl.py --dataset cifar10 --alpha 1 --beta 1     # hybrid; --beta 0: generative; --alpha 0: contrastive
-    python gcrl.py --sample RUN --temperature 0.9           # draws from a saved run
+    python gcrl.py --sample RUN --temperature 0.9           # samples images from a saved run
 
-Differences from the paper: --alpha weighs L_g / (D - 1), the mean over the predicted tokens: --alpha D-1 is the
-equation to the letter. On CIFAR-10 at 12 x 12, alpha 8 and D-1 had the likelihood of --beta 0; alpha 8 had the linear
-probe of --alpha 0, too, D-1 that of --beta 0. Network, tau, weak view, schedule and 32 x 32 tokens are ours.
+Differences from the paper: --alpha weights L_g / (D - 1), the mean over the predicted tokens, so --alpha D-1 gives the
+equation above. On CIFAR-10 at 12 x 12, alpha 8 and D-1 reached the likelihood of --beta 0; alpha 8 also kept the linear
+probe of --alpha 0, D-1 only that of --beta 0. Network, tau, weak view, schedule and 32 x 32 tokens are our choices.
 """
 import math
 import sys
@@ -35,14 +35,14 @@ from common.transformer import Block, init_weights
 
 
 def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=40):
-    """The palette (V, 3), floats in [0, 1], by k-means (Lloyd's, from k-means++) of `pixels` random pixels of images
-    (N, 3, H, W), uint8 or floats in [0, 1]. V is num_colours, or as many colours as those pixels have."""
+    """The palette (V, 3), floats in [0, 1], by k-means (Lloyd's algorithm from a k-means++ start) on random pixels of
+    images (N, 3, H, W), uint8 or floats in [0, 1]. V is num_colours, or less if the pixels have fewer colours."""
     generator = torch.Generator().manual_seed(seed)
     x = (images / 255 if images.dtype == torch.uint8 else images).permute(0, 2, 3, 1).reshape(-1, 3)
     x = x[torch.randperm(len(x), generator=generator)[:pixels]]
     num_colours = min(num_colours, len(x.unique(dim=0)))
     palette, distance = x[:1].repeat(num_colours, 1), torch.full((len(x),), math.inf)
-    for i in range(1, num_colours):                                           # far colours are likelier to be drawn
+    for i in range(1, num_colours):                                           # far colours are more likely
         distance = torch.minimum(distance, (x - palette[i - 1]).square().sum(dim=1))
         total = distance.cumsum(dim=0)
         drawn = torch.searchsorted(total, total[-1] * torch.rand(1, generator=generator))
@@ -51,17 +51,17 @@ def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=40):
         token = quantise(x.T[None, :, :, None], palette).flatten()            # as an image of M pixels
         count = torch.bincount(token, minlength=num_colours)[:, None]
         mean = torch.zeros_like(palette).index_add_(0, token, x) / count
-        palette = torch.where(count > 0, mean, palette)                       # an empty cluster stays
+        palette = torch.where(count > 0, mean, palette)                       # empty clusters stay put
     return palette
 
 
 def quantise(x, palette):
-    """Images (N, 3, H, W), uint8 or floats in [0, 1], to tokens (N, H, W): indices of the nearest of the palette's
-    colours (V, 3), by Euclidean distance."""
+    """Images (N, 3, H, W), uint8 or floats in [0, 1], to tokens (N, H, W): for each pixel the index of the nearest
+    colour in the palette (V, 3), by Euclidean distance."""
     pixels = (x / 255 if x.dtype == torch.uint8 else x).permute(0, 2, 3, 1)   # (N, H, W, 3)
     half = palette.square().sum(dim=1) / 2                                    # |x - p|^2 / 2 = half - x.p + ...
-    part = 2**12 if x.device.type == "cpu" else 2**18                         # distances that fit the processor's cache
-    with torch.autocast(x.device.type, enabled=False):                        # bf16 would take other colours
+    part = 2**12 if x.device.type == "cpu" else 2**18                         # distances that fit into the cache
+    with torch.autocast(x.device.type, enabled=False):                        # bf16 would pick other colours
         tokens = [torch.addmm(half, p, palette.T, alpha=-1).argmin(dim=1) for p in pixels.reshape(-1, 3).split(part)]
     return torch.cat(tokens).view(pixels.shape[:3])
 
@@ -75,7 +75,7 @@ def dequantise(tokens, palette):
 
 
 def weak_view(x, rng):
-    """A flip and a shift of up to an eighth of the side: x uint8 (N, 3, S, S) to floats in [0, 1]."""
+    """Random flip and shift by up to an eighth of the side: x uint8 (N, 3, S, S) to floats in [0, 1]."""
     flip = augment.random_horizontal_flip(rng, len(x))
     return augment.apply(x, flip + augment.random_shift(rng, len(x), reach=x.shape[-1] // 8))
 
@@ -94,9 +94,9 @@ def strong_view(x, rng, crop_min, jitter):
 class GCRL(nn.Module):
     """Axial-transformer encoder and autoregressive decoder of token grids (N, H, W) int64, H = W = image_size.
 
-    An encoder layer is row attention, then column attention that sees the rows above and its own. So its output at row
-    r depends on the rows up to r alone. Shifted down one row it is the context of the decoder, whose masked row
-    attention adds the tokens to the left, shifted right one place.
+    An encoder layer is row attention followed by column attention that sees its own row and those above, so the output
+    at row r depends on the rows up to r only. Shifted down by one row, it is the context of the decoder, whose masked
+    row attention adds the tokens to the left, shifted right by one place.
     """
 
     def __init__(self, num_colours, image_size, width=256, encoder_layers=4, decoder_layers=4, heads=8, z_dim=128):
@@ -112,13 +112,13 @@ class GCRL(nn.Module):
         self.to_logits = nn.Linear(width, num_colours)
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, z_dim))
         self.register_buffer("palette", torch.zeros(num_colours, 3))          # what the tokens stand for
-        self.register_buffer("first_pixel", torch.ones(num_colours))          # weights of x_1, which L_g leaves out
+        self.register_buffer("first_pixel", torch.ones(num_colours))          # weights of x_1, not in L_g
         init_weights(self, depth=2 * encoder_layers + decoder_layers)
 
     @torch.no_grad()
     def set_palette(self, palette, first_pixel):
-        """What the tokens stand for: palette (V, 3), first_pixel (V,), how often each colour is an image's first. The
-        embeddings' random start gets a random linear map of the colours, so that near colours begin alike."""
+        """Sets the tokens' colours (V, 3), and first_pixel (V,), how often each is the first pixel of an image. Adds a
+        random linear map of the colours to the embeddings, so that similar colours start with similar embeddings."""
         self.palette.copy_(palette)
         self.first_pixel.copy_(first_pixel)
         colour = (palette - palette.mean(dim=0)) / palette.std(dim=0, correction=0).clamp(min=1e-6)
@@ -139,8 +139,8 @@ class GCRL(nn.Module):
         return self.encode_grid(tokens).mean(dim=(1, 2))
 
     def decode(self, grid, tokens):
-        above = F.pad(grid, (0, 0, 0, 0, 1, 0))[:, :-1]                       # row r holds the encoder's row r - 1
-        left = F.pad(self.embedding(tokens), (0, 0, 1, 0))[:, :, :-1]         # place w holds the token at w - 1
+        above = F.pad(grid, (0, 0, 0, 0, 1, 0))[:, :-1]                       # row r gets the encoder's row r - 1
+        left = F.pad(self.embedding(tokens), (0, 0, 1, 0))[:, :, :-1]         # place w gets the token at w - 1
         x = above + left + self.row_position + self.column_position           # (N, H, W, C)
         return self.to_logits(self.decoder_norm(self.decoder(x)))
 
@@ -149,7 +149,7 @@ class GCRL(nn.Module):
         return self.decode(self.encode_grid(tokens), tokens)
 
     def log_prob(self, tokens, grid=None):
-        """sum_{k=2..D} log p(x_k | x_<k) of each image, in float32 nats: (N,). grid: `encode_grid`'s, if known."""
+        """sum_{k=2..D} log p(x_k | x_<k) of each image, in float32 nats: (N,). grid: of `encode_grid`, if at hand."""
         logits = self.logits(tokens) if grid is None else self.decode(grid, tokens)           # (N, H, W, V)
         nats = F.cross_entropy(logits.float().flatten(0, 2), tokens.flatten(), reduction="none").view(len(tokens), -1)
         return -nats[:, 1:].sum(dim=1)
@@ -158,7 +158,7 @@ class GCRL(nn.Module):
         """What a training step needs: log p(x1) (N,) or None, z1 and z2 (N, z_dim) or None, and the features.
 
         micro_batch: how many of the N images go through the network at once (None: all). If fewer, activations are
-        computed again in the backward pass: memory is that of one micro-batch, and NT-Xent still compares all N
+        recomputed in the backward pass, so that memory is that of one micro-batch while NT-Xent still compares all N
         (gradient caching, Gao et al. 2021, 2101.06983).
         """
         if micro_batch is None or micro_batch >= len(x1):
@@ -169,7 +169,7 @@ class GCRL(nn.Module):
         return tuple(None if values[0] is None else torch.cat(values) for values in zip(*outputs))
 
     def outputs(self, x1, x2, generate, contrast):
-        """`forward` of all images at once, the encoder run once for both views."""
+        """`forward` for all images at once, with a single pass of the encoder for both views."""
         grid = self.encode_grid(torch.cat([x1, x2]) if contrast else x1)
         log_p = self.log_prob(x1, grid[: len(x1)]) if generate else None
         h = grid.mean(dim=(1, 2))                                             # (2N, C), or (N, C) without contrast
@@ -178,11 +178,11 @@ class GCRL(nn.Module):
 
     @torch.no_grad()
     def sample(self, n, temperature=1.0, top_k=None, given=None, rows=0, generator=None):
-        """Draws n token grids (n, H, W), pixel by pixel.
+        """Samples n token grids (n, H, W), pixel by pixel.
 
-        temperature > 0 divides the logits; of the colours only the top_k likeliest are drawn. given: (n, H, W) tokens,
-        whose first `rows` rows are kept. generator: on the model's device. Keys and values are cached, so that a pixel
-        costs the decoder at one position, and a row the encoder on one row.
+        temperature > 0 divides the logits; only the top_k most likely colours are drawn. given: (n, H, W) tokens, whose
+        first `rows` rows are kept. generator: on the model's device. Keys and values are cached, so that each pixel
+        takes one position of the decoder, and each row one row of the encoder.
         """
         position = self.row_position + self.column_position                   # (H, W, C)
         height, width, channels = position.shape
@@ -206,23 +206,23 @@ class GCRL(nn.Module):
                 tokens[:, r, w] = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
             x = self.embedding(tokens[:, r]) + position[r]                    # (n, W, C)
             for block, cache in zip(self.encoder, columns):
-                x = (block(x[:, None])[:, 0] if cache is None else            # a row sees itself alone
+                x = (block(x[:, None])[:, 0] if cache is None else            # attends within the row
                      block.step(x.flatten(0, 1), cache, r).unflatten(0, (n, width)))
             above = self.encoder_norm(x)
         return tokens
 
 
 class Encoder(GCRL):
-    """A GCRL without decoder and head: (N, 3, S, S) RGB in [0, 1] to features (N, width)."""
+    """GCRL without its decoder and head: RGB (N, 3, S, S) in [0, 1] to features (N, width)."""
 
     def __init__(self, *args):
         super().__init__(*args)
         del self.decoder, self.decoder_norm, self.to_logits, self.head
 
     def forward(self, x):
-        return torch.cat([self.encode(self.tokens(part)) for part in x.split(64)])            # for memory
+        return torch.cat([self.encode(self.tokens(part)) for part in x.split(64)])            # saves memory
 
-    def keep_data(self, state):                                               # what a trained one did not learn
+    def keep_data(self, state):                                               # what is data, not learnt
         self.set_palette(state["palette"], state["first_pixel"])
 
     def stages(self):
@@ -232,12 +232,12 @@ class Encoder(GCRL):
 
 
 def build_encoder(args, kind=Encoder):
-    """The encoder, untrained: (N, 3, S, S) RGB in [0, 1] to features (N, D). args: the settings of a run."""
+    """The untrained encoder: RGB (N, 3, S, S) in [0, 1] to features (N, D). args: the settings of a run."""
     return kind(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
 
 
 def build_generator(args):
-    """The whole model, untrained. Raises Refusal where a run with the settings args does not train it to draw."""
+    """The whole untrained model. Raises Refusal if a run with the settings args does not train the decoder."""
     if args.alpha == 0:
         raise Refusal("that run has --alpha 0, so its decoder was not trained to draw")
     return build_encoder(args, GCRL)
@@ -247,7 +247,7 @@ def build_generator(args):
 
 
 def nt_xent(z1, z2, tau):
-    """L_c of z1, z2 (N, D), the projections of the two views, normalised here: a scalar. By chance log(2N - 1)."""
+    """L_c of the projections z1, z2 (N, D) of the two views, normalised here: a scalar. Chance level: log(2N - 1)."""
     n, z = len(z1), F.normalize(torch.cat([z1, z2]).float(), dim=1)           # (2N, D)
     logits = (z @ z.T / tau).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -math.inf)      # j != i
     return F.cross_entropy(logits, torch.arange(2 * n, device=z.device).roll(n))
@@ -255,7 +255,7 @@ def nt_xent(z1, z2, tau):
 
 # ---- arguments
 
-DEFAULTS = [  # of a run that makes these choices, where they differ from those below
+DEFAULTS = [  # of runs with these settings, where they differ from the flags' defaults below
     (dict(dataset="shapes"), dict(image_size=12, colours=8, width=64, encoder_layers=1, decoder_layers=1, heads=4,
                                   crop_min=0.6, jitter=0.3, epochs=14, batch_size=32, lr=2.5e-3)),
     (dict(small=True), dict(image_size=16, colours=64, width=96, encoder_layers=2, decoder_layers=2, heads=6,
@@ -268,22 +268,22 @@ def arguments(argv):
     add, number = parser.add_argument, parser.number
     number("--alpha", 1.0, "[0, inf)", "weight of the generative loss, nats per predicted token")
     number("--beta", 1.0, "[0, inf)", "weight of the contrastive loss, nats")
-    number("--colours", 512, "[2, 4096]", "colours of the palette")
+    number("--colours", 512, "[2, 4096]", "colours in the palette")
     number("--width", 256, "[1, inf)", "channels of the transformer")
     number("--encoder-layers", 4, "[1, 1000]", "pairs of row and column attention")
     number("--decoder-layers", 4, "[1, 1000]", "blocks of masked row attention")
     number("--heads", 8, "[1, inf)", "attention heads, a divisor of the width")
-    number("--crop-min", 0.08, "(0, 1]", "strong view: least share of the area kept")
+    number("--crop-min", 0.08, "(0, 1]", "strong view: smallest share of the area that a crop keeps")
     number("--jitter", 0.5, "[0, inf)", "strong view: strength s of the colour distortion")
-    number("--warmup", 0.05, "[0, 1]", "share of the epochs with a rising rate")
-    number("--micro-batch", None, "[1, inf)", "images that go through the network at once (default: as many as take 2 "
-        "GB, with CUDA half of the free memory); loss and gradients stay the batch's", kind=int)
+    number("--warmup", 0.05, "[0, 1]", "share of the epochs in which the learning rate rises")
+    number("--micro-batch", None, "[1, inf)", "images that go through the network at once (default: as many as fit "
+        "into 2 GB, or half of a GPU's free memory); does not change loss or gradients", kind=int)
     number("--lr", 1e-3, "(0, inf)", "peak learning rate of AdamW")
-    number("--weight-decay", 0.01, "[0, inf)", "of all weights but biases and norms")
+    number("--weight-decay", 0.01, "[0, inf)", "on all weights except biases and norms")
     number("--tau", 0.2, "(0, inf)", "temperature of the contrastive loss")
-    add("--sample", metavar="RUN", help="train nothing, but draw from the run in this folder: see --sample RUN --help")
+    add("--sample", metavar="RUN", help="sample images from this run instead of training: see --sample RUN --help")
     args = parser.parse(argv, DEFAULTS, free=("micro_batch",))
-    del args.sample                                                           # `main` has taken it
+    del args.sample                                                           # handled by `main`
     if args.alpha == args.beta == 0:
         raise Refusal("--alpha 0 --beta 0 leaves nothing to learn: give one of them a weight")
     parser.refuse_unused(args, ("tau", "crop_min", "jitter") if args.beta == 0 else (), "--beta 0")
@@ -299,13 +299,13 @@ def main(argv=None):
     """Trains, evaluates and writes the run's folder. Returns the final metrics (result.json)."""
     argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
     if any(word.split("=")[0] == "--sample" for word in argv):
-        from common.evaluation import generation                              # training does without
+        from common.evaluation import generation                              # not needed to train
         return generation.main(argv, __file__)
     args = arguments(argv)
     generate, contrast, device = args.alpha > 0, args.beta > 0, cli.pick_device(args.device)
     if args.micro_batch is None:
         image = 50 * args.width * args.image_size**2 * (4 * args.encoder_layers + args.decoder_layers)  # bytes, about
-        room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31    # a GPU waits for few
+        room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31    # few leave a GPU idle
         args.micro_batch = math.ceil(args.batch_size / math.ceil(args.batch_size * image / room))  # in even parts
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
@@ -315,7 +315,7 @@ def main(argv=None):
     palette = fit_palette(x, args.colours, args.seed)
     if len(palette) == 1:
         raise Refusal("the images have one colour: there is nothing to learn")
-    args.colours = len(palette)                                               # fewer where the images have fewer
+    args.colours = len(palette)                                               # fewer if the images have fewer
     first_pixels = torch.bincount(quantise(x[:, :, :1, :1], palette).flatten(), minlength=len(palette))
     palette_error = 255 * F.mse_loss(dequantise(quantise(x[:200], palette), palette), x[:200] / 255).sqrt().item()
     run.ready("palette", f"{len(palette)} colours, off by {palette_error:.1f} of 255 (RMS)")
@@ -323,16 +323,16 @@ def main(argv=None):
     model = build_encoder(args, GCRL)
     model.set_palette(palette, first_pixels)
     model, encoder = model.to(device), build_encoder(args)
-    encoder.load_state_dict(model.state_dict(), strict=False, assign=True)    # the same tensors: it trains along
+    encoder.load_state_dict(model.state_dict(), strict=False, assign=True)    # shares the model's tensors
     for part in (model.decoder, model.decoder_norm, model.to_logits):
-        part.requires_grad_(generate)                                         # if not, no loss trains it
+        part.requires_grad_(generate)                                         # no loss depends on it if not
     model.head.requires_grad_(contrast)
-    net = run.wrap(model, method="outputs")                                   # all micro-batches compile for minutes
+    net = run.wrap(model, method="outputs")                                   # compiling all parts takes minutes
     groups = [{"params": [p for p in model.parameters() if p.dim() > 1]},
               {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # else small gradients are 0 in fp16
     rng, predicted = augment.Random(args.seed, rank, world), args.image_size**2 - 1           # tokens that L_g scores
     notes = {"nats": f"a token; uniform {math.log(len(palette)):.3f}"} if generate else {}
     notes |= {"contrastive": f"chance {math.log(2 * args.batch_size - 1):.3f}"} if contrast else {}
@@ -350,7 +350,7 @@ def main(argv=None):
                 x2 = model.tokens(strong_view(x, rng, args.crop_min, args.jitter)) if contrast else None
                 with autocast:
                     log_p, z1, z2, h = net(x1, x2, generate, contrast, args.micro_batch)
-                losses = {}                                                   # of the whole batch, of all processes
+                losses = {}                                                   # over the batch of all processes
                 if generate:
                     losses["nats"] = -distributed.gather(log_p).mean() / predicted            # L_g / (D - 1)
                 if contrast:

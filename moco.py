@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: MIT
 """MoCo: Momentum Contrast for Unsupervised Visual Representation Learning (He et al. 2019, 1911.05722; v2: 2003.04297).
 
-Contrastive learning is looking up a key in a dictionary. One view of an image gives the query q = f_q(x_q), another its
-key k+ = f_k(x_k), and other images give the keys k_1 .. k_K, all of length 1 (equation 1, InfoNCE):
+Contrastive learning as dictionary look-up: one view of an image gives the query q = f_q(x_q), another view its key
+k+ = f_k(x_k), and other images give the keys k_1 .. k_K, all normalised to length 1 (equation 1, InfoNCE):
 
     L_q = -log  exp(q.k+ / tau) / (exp(q.k+ / tau) + sum_{i=1..K} exp(q.k_i / tau))
 
 --dictionary chooses where the keys come from (figure 2):
 
     queue        f_k of the last K images; f_k follows f_q slowly, theta_k = m theta_k + (1 - m) theta_q (equation 2)
-    memory-bank  one stored vector for each training image, a running mean of its q (Wu et al. 2018, 1805.01978),
-                 by InfoNCE or, --contrast nce, by Wu et al.'s noise-contrastive estimation
-    end-to-end   f_k = f_q of the other images of the batch, with gradients through queries and keys
+    memory-bank  a stored vector for each training image, the running mean of its q (Wu et al. 2018, 1805.01978), with
+                 InfoNCE or, --contrast nce, with Wu et al.'s noise-contrastive estimation
+    end-to-end   f_k = f_q of the other images in the batch, with gradients through both queries and keys
 
-The representation, which is probed, is f_q without its head.
+The representation that is kept and evaluated is f_q without its head.
 
-    python moco.py                                          # drawn shapes, a minute or two on two cores
+    python moco.py                                          # generated shapes, a minute or two on two cores
     python moco.py --dataset cifar10                        # ResNet-18, 200 epochs
 
-Differences from the papers: batch norm in --bn-groups and shuffled keys work on one device, too; a query's own vector
-in the memory bank is no negative; the bank's views are flipped (Wu et al.: not) and it begins as the untrained
-encoder's output (Wu et al.: at random); nce's Z is estimated on each batch (Wu et al.: on the first; on `shapes` the
-loss then rises to hundreds); --symmetric averages both directions (MoCo's CIFAR demo: the sum); inputs are in [0, 1].
+Differences from the papers: --bn-groups and shuffling also work on one device; a query's own vector in the memory
+bank is no negative; the bank's views are flipped and it starts from the untrained encoder's outputs (Wu et al.: no
+flips, random vectors); nce estimates Z on each batch (Wu et al.: on the first; on `shapes` the loss then rises to
+hundreds); --symmetric averages both directions (MoCo's CIFAR demo: their sum); inputs are in [0, 1].
 
 Measured, linear / kNN: `shapes` over three seeds queue 66.1 / 50.8, memory bank 67.6 / 56.7 (untrained 30.9 / 15.9),
 end-to-end 73.9 / 59.4 (30.8 / 15.8, on another machine); CIFAR-10 with `--small` 60.9 / 59.2 (37.7 / 32.8), 62 min.
@@ -43,9 +43,9 @@ from common.run import Run, cosine
 def view(x, rng, size, crop_min, augmentation, blur, aspect=None):
     """One random view of each image: x uint8 (N, 3, H, W) to float (N, 3, size, size) in [0, 1].
 
-    crop_min: least share of the area that a crop keeps. augmentation: "v1" jitters the colours of every view and turns
-    the hue far, "v2" those of 0.8 of the views, with a smaller turn. blur: share of the views that are blurred.
-    aspect: (N,), width / height of photographs squashed to these squares.
+    crop_min: smallest share of the area that a crop keeps. augmentation: "v1" jitters the colours of every view, with
+    large changes of hue, "v2" those of 0.8 of the views, with smaller ones. blur: probability of blurring.
+    aspect: (N,), width / height of the photographs before they were resized to squares.
     """
     n, (share, hue) = len(x), {"v1": (1.0, 0.4), "v2": (0.8, 0.1)}[augmentation]
     steps = augment.random_resized_crop(rng, x.shape, size, (crop_min, 1.0), aspect)
@@ -60,10 +60,10 @@ def view(x, rng, size, crop_min, augmentation, blur, aspect=None):
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """Batch norm of `groups` equal parts of the batch, each by its own mean and variance, as on that many GPUs."""
+    """Batch norm that normalises `groups` equal parts of the batch separately, as on that many GPUs."""
 
     def __init__(self, channels, groups):
-        super().__init__(channels, momentum=1 - 0.9 ** (1 / groups))          # `groups` updates in place of one by 0.1
+        super().__init__(channels, momentum=1 - 0.9 ** (1 / groups))          # `groups` updates, as much as one by 0.1
         self.groups = groups
 
     def forward(self, x):
@@ -73,12 +73,12 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 def build_encoder(args):
-    """The encoder, untrained: (N, 3, S, S) RGB in [0, 1] to features (N, D). args: the settings of a run."""
+    """The untrained encoder: RGB (N, 3, S, S) in [0, 1] to features (N, D). args: the settings of a run."""
     return getattr(resnet, args.arch)(args.stem, args.width)
 
 
 class EncoderWithHead(nn.Module):
-    """f_q or f_k: the encoder, which is kept, and a head (v1: linear, v2: an MLP) that gives vectors of length 1."""
+    """f_q or f_k: the encoder, which is kept, and a head (v1: linear, v2: MLP), whose output is scaled to length 1."""
 
     def __init__(self, arch, stem, width, head, bn_groups, dim=128):
         super().__init__()
@@ -95,11 +95,11 @@ class EncoderWithHead(nn.Module):
 
 
 class MoCo(nn.Module):
-    """Query encoder, dictionary, and for the queue the key encoder. The dictionary is a buffer: a checkpoint has it."""
+    """Query encoder, key encoder (of the queue) and dictionary, which is a buffer, so that checkpoints include it."""
 
     def __init__(self, encoder, dictionary, entries, m=0.999, bank_m=0.5, dim=128, contrast="infonce"):
-        """entries: K keys of the queue, or the training images of the memory bank; end-to-end has no memory.
-        m, bank_m in [0, 1]: momentum of the key encoder's weights and of the bank's vectors. contrast: the bank's."""
+        """entries: K, the length of the queue, or the number of training images for the memory bank.
+        m, bank_m in [0, 1]: momentum of the key encoder's weights, of the bank's vectors. contrast: the bank's loss."""
         super().__init__()
         self.query, self.dictionary, self.m, self.bank_m, self.contrast = encoder, dictionary, m, bank_m, contrast
         if dictionary == "queue":
@@ -112,13 +112,13 @@ class MoCo(nn.Module):
     def forward(self, x1, x2, tau, symmetric=False, **draws):
         """The loss of a batch, the features h of x1, and q and k (None with a bank) for `remember`.
 
-        x1, x2: (N, 3, S, S) views; x1 is the query, or if symmetric each is once, and the loss is the mean.
-        draws: order, for `shuffled`; or with a bank, which takes no x2, index (N,), which training images these are,
-        and drawn (K,), whose vectors are the negatives.
+        x1, x2: (N, 3, S, S) views. x1 is the query; if symmetric, each view is the query once and the loss is the mean.
+        draws: the order for `shuffled`; with a bank, which takes no x2, the index (N,) of these images in the training
+        set and drawn (K,), the indices of the negatives.
         """
         loss, h, q, k = self.look_up(x1, x2, tau, **draws)
         if symmetric:
-            loss_2, _, _, k_2 = self.look_up(x2, x1, tau, **draws)            # neither k is in the queue yet
+            loss_2, _, _, k_2 = self.look_up(x2, x1, tau, **draws)            # before either k enters the queue
             loss, k = (loss + loss_2) / 2, torch.cat([k, k_2])
         return loss, h, q, k
 
@@ -127,7 +127,7 @@ class MoCo(nn.Module):
         q = distributed.gather(q)
         if self.dictionary == "memory-bank":
             contrast = functools.partial(nce, images=len(self.bank)) if self.contrast == "nce" else info_nce
-            own = index[:, None] == drawn                                     # (N, K): no negative to itself
+            own = index[:, None] == drawn                                     # (N, K): not its own negative
             return contrast(q, self.bank[index], self.bank[drawn], tau, own=own), h, q, None
         if self.dictionary == "end-to-end":
             k = shuffled(self.query, x_k, order)
@@ -138,7 +138,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def remember(self, q, k, index=None):
-        """After the optimiser's step: the dictionary takes in the batch. q, k: (N, C); index as in `forward`."""
+        """Updates the dictionary with the batch, after the optimiser's step. q, k: (N, C); index: as in `forward`."""
         if self.dictionary == "queue":
             for theta_k, theta_q in zip(self.key.parameters(), self.query.parameters()):
                 theta_k.lerp_(theta_q, 1 - self.m)                            # m theta_k + (1 - m) theta_q
@@ -148,7 +148,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """keys (N, C), any N, take the places of the oldest; of more than K the last K stay."""
+        """Replaces the oldest keys of the queue by keys (N, C), or by the last K of them if N > K."""
         size = len(self.queue)
         keys = keys[-size:]
         self.queue[(self.pointer + torch.arange(len(keys), device=keys.device)) % size] = keys
@@ -158,8 +158,8 @@ class MoCo(nn.Module):
 def shuffled(encoder, x, order):
     """The keys (N, C) of all processes' x, encoded in another order than the queries (shuffling BN, section 3.3).
 
-    Batch norm leaks: a query and its key that are normalised among the same images can be told by the statistics that
-    they share. order: a permutation of 0..N-1, the same in every process; the keys come back in the order of x.
+    Batch norm leaks: a query and a key that are normalised with the same images can be matched by the statistics that
+    they share. order: a permutation of 0..N-1, the same in every process. The keys are returned in the order of x.
     """
     rank, world = distributed.rank_and_world()
     x = distributed.gather(x)[order.chunk(world)[rank]].contiguous(memory_format=torch.channels_last)
@@ -173,7 +173,7 @@ def info_nce(q, k, negatives, tau, own=None):
     """InfoNCE (equation 1), mean over the queries: a scalar.
 
     q, k: (N, C) queries and their keys. negatives: (K, C). All are normalised here. tau > 0, the temperature.
-    own: (N, K) bool, true where a negative is of the query's own image, and is left out.
+    own: (N, K) bool, true where a negative comes from the query's own image; these are left out.
     Equal keys give log(1 + K), the chance level.
     """
     with torch.autocast(q.device.type, enabled=False):
@@ -189,9 +189,9 @@ def info_nce(q, k, negatives, tau, own=None):
 def nce(q, k, negatives, tau, images, own):
     """Noise-contrastive estimation (Wu et al. 2018, equations 5 to 8), mean over the queries: a scalar.
 
-    The key is told from m draws out of n = `images` by log p - log(m / n), where p = exp(q.k / tau) / Z, and Z is n
-    times the mean of exp(q.k_i / tau) over all queries and negatives, without gradient. Arguments as in `info_nce`,
-    but of length 1 already. Equal keys give log(1 + m) + m log(1 + 1 / m), the chance level.
+    A logistic regression on log p - log(m / n) tells the key from m draws out of n = `images`. p = exp(q.k / tau) / Z,
+    and Z is n times the mean of exp(q.k_i / tau) over all queries and negatives, without gradient. Arguments as in
+    `info_nce`, but of length 1. Equal keys give log(1 + m) + m log(1 + 1 / m), the chance level.
     """
     with torch.autocast(q.device.type, enabled=False):
         others = (q @ negatives.T / tau).masked_fill(own, -math.inf)          # (N, m)
@@ -203,14 +203,14 @@ def nce(q, k, negatives, tau, images, own):
 
 
 def step_decay(step, steps):
-    """v1's schedule: a factor of 1, after 0.6 of the steps 0.1, after 0.8 of them 0.01."""
+    """The schedule of v1, a factor of the rate: 1, then 0.1 after 0.6 of the steps and 0.01 after 0.8 of them."""
     return 0.1 ** ((step >= 0.6 * steps) + (step >= 0.8 * steps))
 
 
 # ---- arguments
 
-DEFAULTS = [  # of a run that makes these choices, where they differ from those below
-    # Wu et al.'s for CIFAR-10; keys are of earlier batches, so batch norm leaks nothing.
+DEFAULTS = [  # of runs with these settings, where they differ from the flags' defaults below
+    # Wu et al.'s settings for CIFAR-10. The keys come from earlier batches, so batch norm leaks nothing.
     (dict(dictionary="memory-bank"), dict(bn_groups=1, negatives=0, batch_size=128, lr=0.06, augmentation="v1",
                                           crop_min=0.2)),
     (dict(contrast="nce"), dict(negatives=4096)),
@@ -230,26 +230,26 @@ DEFAULTS = [  # of a run that makes these choices, where they differ from those 
 def arguments(argv):
     parser = cli.RunParser(__file__, "MoCo", epochs=200, batch_size=512, photographs=True)
     add, number = parser.add_argument, parser.number
-    add("--dictionary", choices=("queue", "memory-bank", "end-to-end"), default="queue", help="where keys come from")
-    add("--contrast", choices=("infonce", "nce"), default="infonce", help="the loss; nce goes with the memory bank")
-    number("--negatives", None, "[0, inf)", "K: length of the queue (default: a twelfth of the images, 65536 at most), "
-        "or draws from the memory bank (0: all of it)", kind=int)
+    add("--dictionary", choices=("queue", "memory-bank", "end-to-end"), default="queue", help="source of the keys")
+    add("--contrast", choices=("infonce", "nce"), default="infonce", help="the loss; nce needs the memory bank")
+    number("--negatives", None, "[0, inf)", "K: length of the queue (default: a twelfth of the images, at most 65536), "
+        "or number of draws from the memory bank (0: all of it)", kind=int)
     # A key encoder that changes fast makes the queue inconsistent: m = 0 fails, 0.9 loses 4 points (section 4.1).
     number("--m", 0.99, "[0, 1]", "momentum of the key encoder (paper: 0.999)")
     number("--bank-m", 0.5, "[0, 1]", "momentum of the memory bank's vectors")
-    add("--head", choices=("linear", "mlp"), default="linear", help="v1: linear, v2: mlp with one hidden layer")
-    add("--augmentation", choices=("v1", "v2"), default="v2", help="v1: colours of all views change; v2: of 80 %%")
-    number("--blur", 0.0, "[0, 1]", "share of the views blurred (v1: 0, v2: 0.5)")
-    number("--crop-min", 0.08, "(0, 1]", "least share of the area that a crop keeps (v1 and v2: 0.2)")
-    add("--symmetric", action="store_true", help="each of the two views is the query once")
-    number("--bn-groups", 8, "[1, inf)", "parts of the batch that batch norm treats alone, like GPUs (1: all of it)")
-    add("--no-shuffle", action="store_true", help="encode the keys in the order of the queries: batch norm then leaks")
+    add("--head", choices=("linear", "mlp"), default="linear", help="v1: linear, v2: MLP with one hidden layer")
+    add("--augmentation", choices=("v1", "v2"), default="v2", help="v1 jitters the colours of all views, v2 of 80 %%")
+    number("--blur", 0.0, "[0, 1]", "probability of blurring a view (v1: 0, v2: 0.5)")
+    number("--crop-min", 0.08, "(0, 1]", "smallest share of the image's area that a crop keeps (v1 and v2: 0.2)")
+    add("--symmetric", action="store_true", help="use each of the two views as the query once")
+    number("--bn-groups", 8, "[1, inf)", "parts of the batch that batch norm normalises separately, like GPUs")
+    add("--no-shuffle", action="store_true", help="keep the order of the keys, so that batch norm leaks")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
     number("--width", 64, "[1, inf)", "channels of the encoder's first stage")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
     number("--lr", 0.03, "(0, inf)", "peak learning rate for 256 images; scaled by batch size / 256")
     add("--schedule", choices=("steps", "cosine"), default="cosine", help="v1: steps at 0.6 and 0.8 of the epochs")
-    number("--weight-decay", 5e-4, "[0, inf)", "of all weights (paper: 0.0001)")
+    number("--weight-decay", 5e-4, "[0, inf)", "on all weights (paper: 0.0001)")
     number("--tau", 0.1, "(0, inf)", "temperature of the loss (v1: 0.07, v2: 0.2)")
     args = parser.parse(argv, DEFAULTS)
     unused = {"queue": ("bank_m", "contrast"), "memory-bank": ("m", "symmetric", "no_shuffle"),
@@ -293,7 +293,7 @@ def main(argv=None):
     optimizer = torch.optim.SGD(model.query.parameters(), peak_lr, momentum=0.9, weight_decay=args.weight_decay)
     schedule = {"cosine": cosine, "steps": step_decay}[args.schedule]
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # else small gradients are 0 in fp16
     rng = augment.Random(args.seed, rank, world)
     random_view = functools.partial(view, size=args.image_size, crop_min=args.crop_min,
                                     augmentation=args.augmentation, blur=args.blur)
@@ -305,13 +305,13 @@ def main(argv=None):
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
     if bank and first_epoch == first_step == 0:
-        # From random vectors training first learns to keep away from those seen so far, which takes long to unlearn.
+        # From random vectors, training first learns to avoid all images seen so far, which takes long to unlearn.
         for index, x in batches.every_image():
             x = random_view(x, rng, aspect=images.train.aspect[index])
             with torch.no_grad(), autocast:
                 q = model.query(x)[1]
             model.bank[distributed.gather(augment.send(index, device))] = distributed.gather(q)
-        run.ready("memory bank", "by the untrained encoder")
+        run.ready("memory bank", "filled by the untrained encoder")
     with run:
         for epoch in range(first_epoch, args.epochs):
             for step, index, x in batches.epoch(epoch, first_step):
@@ -326,7 +326,7 @@ def main(argv=None):
                         drawn = augment.send(torch.randint(n, (args.negatives,), generator=rng.generator), device)
                     draws = dict(index=index, drawn=drawn)
                 else:
-                    order = torch.randperm(args.batch_size, generator=rng.generator)          # drawn in any case
+                    order = torch.randperm(args.batch_size, generator=rng.generator)          # drawn even if unused
                     order = torch.arange(args.batch_size) if args.no_shuffle else order
                     draws = dict(order=augment.send(order, device))
                 with autocast:

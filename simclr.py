@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: MIT
 """SimCLR: A Simple Framework for Contrastive Learning of Visual Representations (Chen et al. 2020, 2002.05709).
 
-Two random views of each of N images go through an encoder h = f(x) and a projection head z = g(h). For view i and its
-other view j, among all 2N views (equation 1, NT-Xent):
+Two random views of each of N images go through an encoder h = f(x) and a projection head z = g(h). For a view i, the
+other view j of the same image, and k running over all 2N views (equation 1, NT-Xent):
 
-    l(i, j) = -log  exp(sim(z_i, z_j) / tau) / sum_{k != i} exp(sim(z_i, z_k) / tau)        sim: the cosine
+    l(i, j) = -log  exp(sim(z_i, z_j) / tau) / sum_{k != i} exp(sim(z_i, z_k) / tau),       sim: cosine similarity
 
-The loss is the mean over the 2N views. The representation, which is probed, is h.
+The loss is the mean over the 2N views. The representation that is kept and evaluated is h.
 
-    python simclr.py                                        # drawn shapes, a minute on two cores
+    python simclr.py                                        # generated shapes, a minute on two cores
     torchrun --nproc-per-node 4 simclr.py --dataset cifar10 # ResNet-18, 200 epochs; on one GPU without torchrun
 
-Sources of the defaults: cifar10 is dkobak/simclr-cifar10's (SGD, batches of 512, decay 5e-4, crops of 0.2; a rate of
-0.06 gave it 85.6 % linear after 100 epochs, 0.03 91.7 % after 1,000), but for greys of 0.2 and a hidden layer as wide
-as h, which are the paper's (theirs: 0.1, which they found better, and 1,024 wide); folder is the paper's for ImageNet
-(LARS, section 2.2; tau 0.1, table 5); --optimizer lars brings the authors' rate for CIFAR-10.
+Sources of the defaults: cifar10 follows dkobak/simclr-cifar10 (SGD, batches of 512, decay 5e-4, crops of 0.2 or more),
+which reports 85.6 % linear after 100 epochs with a rate of 0.06, and 91.7 % after 1,000 with 0.03. Greyscale for 0.2 of
+the views and a hidden layer as wide as h are the paper's (there: 0.1, which worked better, and 1,024). folder follows
+the paper's ImageNet recipe (LARS, section 2.2; tau 0.1, table 5); --optimizer lars uses the authors' CIFAR-10 rate.
 
-Differences from the paper: a head of two layers without batch norm (the authors' code: three with it, --head mlp-bn,
-and each block's last batch norm begins at 0; in 10 epochs of 10,000 images the first gains nothing, the second one
-point); biases and batch norm do not decay with SGD, either. Inputs are in [0, 1], as in the authors' code.
+Differences from the paper: the head has two layers without batch norm (authors' code: three with it, --head mlp-bn),
+and no batch norm starts at 0 (authors' code: the last of each block); in 10 epochs of 10,000 images the former gains
+nothing, the latter one point. Weight decay skips biases and batch norm under SGD, too. Inputs are in [0, 1], as there.
 
 Measured, linear probe / kNN: `shapes` 76.9 +- 3.1 / 58.4 +- 0.2 over three seeds (untrained 30.9 / 15.9), a minute on
 one core of a Xeon with AMX; CIFAR-10 with `--small` 64.0 / 61.1, z 61.2 / 62.2 (untrained 37.7 / 32.8), 60 min, and
@@ -44,9 +44,9 @@ STUDIED = ("cutout", "rotation", "noise", "sobel")  # in figure 5 of the paper, 
 def view(x, rng, size, crop_min, jitter, blur, aspect=None, names=RECIPE):
     """One random view of each image: x uint8 (N, 3, H, W) to float (N, 3, size, size) in [0, 1].
 
-    crop_min: least share of the area that a crop keeps. jitter: the paper's s, strength of the colour distortion.
-    blur: share of the views that are blurred. aspect: (N,), width / height of photographs squashed to these squares.
-    names: which operations, of RECIPE and STUDIED; without "crop" the whole image is resized.
+    crop_min: smallest share of the area that a crop keeps. jitter: the paper's s, strength of the colour distortion.
+    blur: probability of blurring. aspect: (N,), width / height of the photographs before they were resized to squares.
+    names: the operations, from RECIPE and STUDIED; without "crop" the whole image is resized.
     """
     n, s = len(x), jitter
     crop = ((crop_min, 1.0), aspect) if "crop" in names else ((1.0, 1.0), None, (1.0, 1.0))   # scale, aspect, ratio
@@ -66,7 +66,7 @@ def view(x, rng, size, crop_min, jitter, blur, aspect=None, names=RECIPE):
 
 
 def cutout(rng, n, size):
-    """Greys a square of half the side, at a place of each image's own (DeVries & Taylor 2017, 1708.04552)."""
+    """Greys out a square of half the side, at a random place in each image (DeVries & Taylor 2017, 1708.04552)."""
     side = size // 2
 
     def grey(x, corner):                                                      # (N, 2, 1)
@@ -89,7 +89,7 @@ def noise(rng, n, size, deviation=0.1):
 
 
 def sobel(rng, n, size):
-    """The strength of the edges of the grey image."""
+    """Replaces the image by the edges of its grey version: the magnitude of the Sobel gradient."""
     kernel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4
 
     def edges(x, kernels):
@@ -102,7 +102,7 @@ def sobel(rng, n, size):
 
 
 def build_encoder(args):
-    """The encoder, untrained: RGB (N, 3, S, S) in [0, 1] to features (N, D), D its feature_dim. args: the settings."""
+    """The untrained encoder: RGB (N, 3, S, S) in [0, 1] to features (N, feature_dim). args: the settings of a run."""
     return getattr(resnet, args.arch)(args.stem, args.width)
 
 
@@ -121,7 +121,7 @@ class SimCLR(nn.Module):
         elif head == "mlp-bn":
             layers = [[nn.Linear(dim, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
                       for out in (dim, dim, projection_dim)]
-            self.head = nn.Sequential(*sum(layers, [])[:-1])                  # none at the end
+            self.head = nn.Sequential(*sum(layers, [])[:-1])                  # no ReLU at the end
 
     def forward(self, x):
         h = self.encoder(x)                                                   # (2N, feature_dim)
@@ -146,8 +146,8 @@ def nt_xent(z1, z2, tau):
 
 
 def pair_similarities(z1, z2):
-    """Cosines of each of the 2N views with its other view, (2N,), and with those of other images, (2N, 2N - 2). z1,
-    z2: as in `nt_xent`."""
+    """Cosine similarity of each of the 2N views to the other view of its image, (2N,), and to the views of all other
+    images, (2N, 2N - 2). z1, z2: as in `nt_xent`."""
     n, z = len(z1), F.normalize(torch.cat([z1, z2]).float(), dim=1)           # (2N, D)
     cosines = z @ z.T                                                         # (2N, 2N)
     own, other = torch.arange(n, device=z.device).repeat(2)[:, None], torch.arange(2 * n - 2, device=z.device)
@@ -156,8 +156,8 @@ def pair_similarities(z1, z2):
 
 
 def semi_hard(positive, negatives, margin):
-    """(2N, 2N - 2) bool: of each view's negatives that are less similar than its positive by less than the margin, the
-    most similar one (Schroff et al. 2015; appendix B.7), if there is any."""
+    """Mask (2N, 2N - 2) of each view's semi-hard negative (Schroff et al. 2015; appendix B.7): the most similar one of
+    those that are less similar than the positive, but by less than the margin. A view may have none."""
     gap = positive[:, None] - negatives
     allowed = (gap > 0) & (gap < margin)
     hardest = negatives.masked_fill(~allowed, -math.inf).argmax(dim=1)
@@ -165,9 +165,9 @@ def semi_hard(positive, negatives, margin):
 
 
 def logistic(z1, z2, tau, semi_hard_negatives=False):
-    """NT-Logistic (table 2): -log s(u.v+ / tau) - mean over the negatives of log s(-u.v- / tau), mean over all views.
+    """NT-Logistic (table 2), averaged over all views: -log s(u.v+ / tau) - mean over negatives of log s(-u.v- / tau).
 
-    Equal projections give log(1 + e^(-1/tau)) + log(1 + e^(1/tau)).
+    s is the sigmoid. Equal projections give log(1 + e^(-1/tau)) + log(1 + e^(1/tau)).
     """
     positive, negatives = pair_similarities(z1, z2)
     chosen = semi_hard(positive, negatives, math.inf) if semi_hard_negatives else torch.ones_like(negatives).bool()
@@ -176,7 +176,7 @@ def logistic(z1, z2, tau, semi_hard_negatives=False):
 
 
 def margin_triplet(z1, z2, margin, semi_hard_negatives=False):
-    """Margin triplet loss (table 2): max(u.v- - u.v+ + m, 0), mean over the negatives and all views."""
+    """Margin triplet loss (table 2): max(u.v- - u.v+ + m, 0), averaged over the negatives and then over all views."""
     positive, negatives = pair_similarities(z1, z2)
     chosen = semi_hard(positive, negatives, margin) if semi_hard_negatives else torch.ones_like(negatives).bool()
     losses = F.relu(negatives - positive[:, None] + margin) * chosen
@@ -184,11 +184,11 @@ def margin_triplet(z1, z2, margin, semi_hard_negatives=False):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017, 1708.03888) as SimCLR uses it:
+    """Layer-wise adaptive rate scaling (You et al. 2017, 1708.03888), as used in SimCLR:
 
         g = gradient + weight_decay w;   v = momentum v + lr (eta |w| / |g|) g;   w = w - v
 
-    Groups with adapt=False (biases and batch norm, by the paper) take lr itself in place of lr eta |w| / |g|.
+    Groups with adapt=False (biases and batch norm, as in the paper) use lr instead of lr eta |w| / |g|.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001, adapt=True):
@@ -210,7 +210,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def parameter_groups(model, weight_decay):
-    """Biases and batch norm (the parameters of one dimension) have neither weight decay nor LARS's adaptation."""
+    """Two groups: biases and batch norm (parameters with one dimension) get no weight decay and no LARS adaptation."""
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     return [{"params": weights, "weight_decay": weight_decay, "adapt": True},
@@ -219,7 +219,7 @@ def parameter_groups(model, weight_decay):
 
 # ---- arguments
 
-DEFAULTS = [  # of a run that makes these choices, where they differ from those below
+DEFAULTS = [  # of runs with these settings, where they differ from the flags' defaults below
     (dict(dataset="shapes"), dict(image_size=16, width=16, epochs=25, batch_size=64, crop_min=0.4, lr=0.2, tau=0.2,
                                   weight_decay=1e-4, warmup=0.05)),
     (dict(dataset="stl10"), dict(image_size=96)),
@@ -240,25 +240,25 @@ def arguments(argv):
     number("--width", 64, "[1, inf)", "channels of the encoder's first stage")
     add("--stem", choices=("cifar", "imagenet"), default="cifar", help="first layers: cifar keeps the resolution")
     # Table 1, figure 5 of the paper: crop and colour distortion together matter most.
-    number("--crop-min", 0.2, "(0, 1]", "least share of the area that a crop keeps")
+    number("--crop-min", 0.2, "(0, 1]", "smallest share of the image's area that a crop keeps")
     number("--jitter", 0.5, "[0, inf)", "strength s of the colour distortion (ImageNet: 1)")
     add("--augmentations", nargs="+", choices=RECIPE + STUDIED, default=list(RECIPE), metavar="NAME",
         help="operations on the views: " + ", ".join(RECIPE + STUDIED) + "; and --blur")
-    add("--one-branch", action="store_true", help="one of the two views is only cropped, as in figure 5 of the paper")
-    number("--blur", 0.0, "[0, 1]", "share of the views blurred (ImageNet: 0.5)")
-    number("--warmup", 0.0, "[0, 1]", "share of the epochs with a rising rate")
+    add("--one-branch", action="store_true", help="only crop one of the two views, as in figure 5 of the paper")
+    number("--blur", 0.0, "[0, 1]", "probability of blurring a view (ImageNet: 0.5)")
+    number("--warmup", 0.0, "[0, 1]", "share of the epochs in which the learning rate rises")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="lars is the paper's")
-    number("--lr", 0.06, "(0, inf)", "peak learning rate for 256 images; scaled by batch size (1,000 epochs: 0.03)")
-    number("--weight-decay", 5e-4, "[0, inf)", "of all weights but biases and batch norm")
+    number("--lr", 0.06, "(0, inf)", "peak learning rate for 256 images, scaled with the batch (1,000 epochs: 0.03)")
+    number("--weight-decay", 5e-4, "[0, inf)", "on all weights except biases and batch norm")
     # A non-linear head gains 3 points over a linear one and 10 over none, and h is better than z (figure 8, table 3).
     add("--head", choices=("mlp", "mlp-bn", "linear", "none"), default="mlp", help="projection head g; mlp-bn: three "
         "layers with batch norm")
     number("--projection-dim", 128, "[1, inf)", "dimensions of z")
     add("--loss", choices=("nt-xent", "logistic", "margin", "supervised"), default="nt-xent", help="a loss of "
-        "table 2, or cross-entropy with all training labels, the supervised reference of figure 7")
-    add("--semi-hard", action="store_true", help="of logistic and margin: only the nearest negative beyond the "
-        "positive")
-    number("--margin", 0.4, "(0, 2]", "of --loss margin")
+        "table 2, or supervised: cross-entropy on all training labels, the reference in figure 7")
+    add("--semi-hard", action="store_true", help="for logistic and margin: use only the closest negative that "
+        "is farther away than the positive")
+    number("--margin", 0.4, "(0, 2]", "margin of --loss margin")
     number("--tau", 0.5, "(0, inf)", "temperature of the loss")
     args = parser.parse(argv, DEFAULTS)
     unused = {"nt-xent": ("semi_hard", "margin"), "logistic": ("margin",), "margin": ("tau",),
@@ -295,18 +295,18 @@ def main(argv=None):
     kind = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = kind(parameter_groups(model, args.weight_decay), peak_lr, momentum=0.9)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # fp16's small gradients would be 0
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # else small gradients are 0 in fp16
     rng = augment.Random(args.seed, rank, world)
     random_view = functools.partial(view, size=args.image_size, crop_min=args.crop_min, jitter=args.jitter,
                                     blur=args.blur, names=args.augmentations)
 
     def two_views(x, rng, aspect):
-        if args.one_branch:                                                   # a crop, and all operations on that
+        if args.one_branch:                                                   # a crop, and all operations on it
             crop = random_view(x, rng, aspect=aspect, blur=0.0, names=["crop"])
             return random_view(crop, rng), crop
         return random_view(x, rng, aspect=aspect), random_view(x, rng, aspect=aspect)
 
-    criterion, chance = {                                                     # chance: of cosines of 0
+    criterion, chance = {                                                     # chance level: all cosines are 0
         "nt-xent": (lambda z1, z2, y: nt_xent(z1, z2, args.tau), math.log(2 * args.batch_size - 1)),
         "logistic": (lambda z1, z2, y: logistic(z1, z2, args.tau, args.semi_hard), 2 * math.log(2)),
         "margin": (lambda z1, z2, y: margin_triplet(z1, z2, args.margin, args.semi_hard), args.margin),
@@ -314,7 +314,7 @@ def main(argv=None):
                        math.log(max(1, len(images.classes))))}[args.loss]
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
-    projection = nn.Sequential(model.encoder, model.head)                     # z: worth less than h (section 4.2)
+    projection = nn.Sequential(model.encoder, model.head)                     # z, which is worse than h (section 4.2)
     run.watch(autocast, {"trained": model.encoder, "projection": projection})
     first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
     net.train()
@@ -327,7 +327,7 @@ def main(argv=None):
                 with autocast:
                     h, z = net(views.contiguous(memory_format=torch.channels_last))       # of 2N views
                 z1, z2 = z.float().chunk(2)                                   # (N, projection_dim) each
-                # Each process sees the negatives of all: the loss is that of the whole batch.
+                # Every process computes the loss of the whole batch, with the negatives of all.
                 y = None
                 if args.loss == "supervised":
                     y = distributed.gather(images.train.labels[augment.send(index, device)])

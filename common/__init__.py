@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""What the six scripts share: building blocks, data, the folder of a run, the evaluation of its encoder."""
+"""What the six scripts share: building blocks, data, run folders, and the evaluation of encoders."""
 
 
 class Refusal(ValueError):
-    """Something the user has to change. Its text is one sentence that names the flag or the file and the way out."""
+    """An error that the user can fix. Its text is one sentence that names the flag or the file, and the remedy."""
 
     def __init__(self, text):
         super().__init__(shown(text))
 
 
 def shown(text, kept=""):
-    """The text with control characters and undecodable bytes as Python's escapes, except those in `kept`: the name of a
-    file may contain line breaks, or commands to the terminal."""
+    """The text with control characters and undecodable bytes, except those in `kept`, as Python's escapes: file names
+    may contain line breaks or commands to the terminal."""
     return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)

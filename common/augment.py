@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Augmentation of a whole batch at once, with parameters of each image's own.
+"""Augmentation of a whole batch at once, with separate parameters for each image.
 
 Images x are (N, 3, H, W) floats in [0, 1] on any device. The `random_` functions draw parameters as torchvision's
-transforms do, on the CPU, so that a seed gives the same views on every device. They return lists of steps, (operation,
-*parameters); `apply` sends the parameters of all steps at once and runs them. Given the same parameters each operation
-agrees with the function of its name in `torchvision.transforms.functional`. The recipes stand in the scripts.
+transforms do, but on the CPU, so that a seed gives the same views on every device. They return lists of steps,
+(operation, *parameters); `apply` sends the parameters of all steps to the device at once and runs them. With the same
+parameters, each operation agrees with the function of the same name in `torchvision.transforms.functional`. The recipes
+are in the scripts.
 """
 import functools
 import itertools
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 
 
 class Random:
-    """Uniform random numbers for the images of a batch, from one seeded generator. Each of several processes draws
-    for the whole batch and keeps its own images' part: all is as in one process with the whole batch."""
+    """Uniform random numbers for the images of a batch, from one seeded generator. Each of several processes draws for
+    the whole batch and keeps the part of its own images, so the views are those of one process with the whole batch."""
 
     def __init__(self, seed, rank=0, world=1):
         self.generator = torch.Generator().manual_seed(seed)
@@ -34,17 +35,17 @@ class Random:
 
 
 def send(x, device):
-    """x on the device. To CUDA from pinned memory, without a wait; elsewhere torch may then free x before it is read
-    (pytorch issue 189690)."""
+    """x on the device. To CUDA it is sent asynchronously from pinned memory; on other devices torch might then free x
+    before it is read (pytorch issue 189690)."""
     copied = device.type == "cuda" and x.device.type == "cpu"
     return x.pin_memory().to(device, non_blocking=True) if copied else x.to(device)
 
 
 def apply(x, steps):
-    """x (N, C, H, W), uint8 or floats in [0, 1], after the steps, as floats on x's device. x itself does not change.
+    """Applies the steps to x (N, C, H, W), uint8 or floats in [0, 1]: floats on x's device. x itself does not change.
 
-    steps: [(operation, *parameters)]. Parameters are tensors on the CPU, sent as float32: whole numbers below 2^24 are
-    exact. An operation may write into its x, and may return another number of images.
+    steps: [(operation, *parameters)]. Parameters are tensors on the CPU, sent as float32, in which integers below 2^24
+    are exact. An operation may write into its x, and may return a different number of images.
     """
     flat = [torch.empty(0), *(p.float().flatten() for _, *parameters in steps for p in parameters)]
     _, *sent = send(torch.cat(flat), x.device).split([len(p) for p in flat])
@@ -56,28 +57,28 @@ def apply(x, steps):
 
 
 def where(mask, operation, *parameters):
-    """A list of the one step that changes the images where mask (N,) is true, or of none where there are no such
-    images: the others cost nothing."""
+    """A list of one step, which applies the operation to the images where mask (N,) is true only, or an empty list if
+    there are none: the other images cost nothing."""
     def replace(x, index, *parameters):
         index = index.long()
         return x.index_copy_(0, index, operation(x.index_select(0, index), *parameters))
-    index = mask.nonzero()[:, 0]                                              # on the CPU: no wait for the device
+    index = mask.nonzero()[:, 0]                                              # on the CPU, so no synchronisation
     return [(replace, index, *(p[index] for p in parameters))] if len(index) else []
 
 
-# ---- geometry: resampling along rows and columns is linear, hence one matrix for each image and axis
+# ---- geometry: resampling along rows and columns is linear, so it is a matrix for each image and axis
 
 
 def resample(x, rows, columns):
-    """x (N, C, H, W), rows (N, H', H), columns (N, W', W) to (N, C, H', W')."""
+    """Resamples x (N, C, H, W) by rows (N, H', H) and columns (N, W', W) to (N, C, H', W')."""
     x = x.flatten(1, 2) @ columns.transpose(1, 2)                             # (N, C H, W')
     return rows[:, None] @ x.unflatten(1, (-1, rows.shape[2]))
 
 
 def crop_matrix(start, length, size, out):
-    """Bilinear, antialiased resizing of positions start..start + length, (N,) in pixels, of an axis of `size` to `out`
-    positions: (N, out, size), rows summing to 1. torchvision's antialias filter, a triangle as wide as one output pixel
-    where it shrinks, else as one input pixel."""
+    """The matrix (N, out, size) that crops an axis of `size` pixels to start..start + length, (N,) each, and resizes it
+    to `out` pixels; rows sum to 1. Bilinear with torchvision's antialias filter, a triangle whose half width is one
+    output pixel when shrinking, otherwise one input pixel."""
     start, length = start[:, None, None], length[:, None, None]
     scale = length / out                                                      # (N, 1, 1) input pixels per output pixel
     position = torch.arange(size, device=start.device) + 0.5 - start          # (N, 1, size) from the crop's edge
@@ -88,15 +89,15 @@ def crop_matrix(start, length, size, out):
 
 
 def resized_crop(x, top, left, height, width, size):
-    """Each image's own box, in pixels (N,), resized to size x size with antialiasing."""
+    """Crops each image to its own box, (N,) in pixels, and resizes it to size x size with antialiasing."""
     return resample(x, crop_matrix(top, height, x.shape[2], size), crop_matrix(left, width, x.shape[3], size))
 
 
 def crop_boxes(rng, n, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """n random boxes as torchvision's RandomResizedCrop draws them: top, left, height, width, each (n,) floats.
+    """n random boxes as drawn by torchvision's RandomResizedCrop: top, left, height, width, each (n,) floats.
 
-    height, width: of all images, or (n,) of each. Share of the image's area uniform in `scale`, aspect ratio
-    log-uniform in `ratio`; of ten tries the first that fits, else the whole image (cut to the ratio's bounds).
+    height, width: of all images, or (n,) of each. The share of the area is uniform in `scale` and the aspect ratio
+    log-uniform in `ratio`; the first of ten tries that fits is taken, else the whole image (cropped to the ratio).
     """
     whole = torch.stack([torch.as_tensor(side, dtype=torch.float32).expand(n) for side in (height, width)])   # (2, n)
     area = whole.prod(dim=0)[:, None] * rng.uniform(n, 10, low=scale[0], high=scale[1])       # (n, 10)
@@ -108,48 +109,48 @@ def crop_boxes(rng, n, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     cut = torch.minimum(whole, torch.stack([whole[1] / ratio[0], whole[0] * ratio[1]]).round())
     size = torch.where(any_fits, size[:, torch.arange(n), first], cut)        # (2, n)
     start = torch.stack([rng.uniform(n), rng.uniform(n)]) * (whole - size + 1)
-    start = torch.where(any_fits, start, (whole - size) / 2).floor()          # the whole image's box is centred
+    start = torch.where(any_fits, start, (whole - size) / 2).floor()          # the whole image is centred
     return *start, *size
 
 
 def random_resized_crop(rng, shape, size, scale, aspect=None, ratio=(3 / 4, 4 / 3)):
-    """A box of each image's own, of a share of its area in `scale` and a shape in `ratio`, resized to size x size.
+    """A random crop of each image, with a share of its area in `scale` and a shape in `ratio`, resized to size x size.
 
-    shape: of x. aspect: (N,), width / height of the photographs that were squashed to the squares x, None: 1. Share and
-    shape of the box are those in the photograph.
+    shape: of x. aspect: (N,), width / height of the photographs that were resized whole to the squares x (None: 1). The
+    share and the shape of a crop refer to the photograph.
     """
     n, _, height, width = shape
     aspect = torch.ones(n) if aspect is None else aspect
     tall, wide = (height / aspect.clamp(max=1)).round(), (width * aspect.clamp(min=1)).round()
     top, left, h, w = crop_boxes(rng, n, tall, wide, scale, ratio)
     crop = functools.partial(resized_crop, size=size)
-    h, w = (h * height / tall).clamp(min=1), (w * width / wide).clamp(min=1)  # thinner, it could miss all pixels
+    h, w = (h * height / tall).clamp(min=1), (w * width / wide).clamp(min=1)  # thinner, it might miss all pixels
     top, left = torch.minimum(top * height / tall, height - h), torch.minimum(left * width / wide, width - w)
     return [(crop, top, left, h, w)]
 
 
 def random_horizontal_flip(rng, n):
-    """Mirrors one image in two."""
+    """Mirrors half of the images."""
     return where(rng.uniform(n) < 0.5, lambda x: x.flip(3))
 
 
 def shift(x, down, right):
-    """Moves each image by its own whole number of pixels (N,), negative for up and left; the border is mirrored."""
+    """Shifts each image by an integer number of pixels (N,), negative for up and left, with mirrored borders."""
     def matrix(size, by):                                                     # (N, to, from)
         place = torch.arange(size, device=x.device)
-        source = (place - by[:, None]).abs()                                  # -1 is 1: no edge twice
+        source = (place - by[:, None]).abs()                                  # -1 is 1: the edge is not repeated
         return (size - 1 - (size - 1 - source).abs()[:, :, None] == place).to(x.dtype)
     return resample(x, matrix(x.shape[2], down), matrix(x.shape[3], right))
 
 
 def random_shift(rng, n, reach, p=1.0):
-    """Moves a share p of the images by up to `reach` whole pixels down or up and right or left."""
+    """Shifts an image, with probability p, by up to `reach` pixels vertically and horizontally."""
     moved = rng.uniform(n, 1) < p if p < 1 else 1.0
     return [(shift, *(moved * rng.uniform(n, 2, low=-reach, high=reach + 1).floor()).unbind(1))]
 
 
 def gaussian_blur(x, sigma, kernel_size):
-    """Blurs each image with its own sigma (N,) in pixels; kernel_size odd, borders mirrored."""
+    """Blurs each image with its own sigma (N,) in pixels; kernel_size is odd, borders are mirrored."""
     half = kernel_size // 2
     tap = torch.arange(-half, half + 1, device=x.device)
     kernel = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)
@@ -158,11 +159,11 @@ def gaussian_blur(x, sigma, kernel_size):
     def matrix(size):                                                         # (N, size, size), mirrored taps folded in
         taps = F.pad(torch.eye(size, device=x.device)[None], (half, half), mode="reflect")[0].unfold(1, kernel_size, 1)
         return torch.einsum("nk,kij->nij", kernel, taps.permute(2, 1, 0))     # (K, to, from)
-    return resample(x, matrix(x.shape[2]), matrix(x.shape[3])).clamp_(0, 1)    # weights sum to 1 up to rounding
+    return resample(x, matrix(x.shape[2]), matrix(x.shape[3])).clamp_(0, 1)    # weights sum to 1, up to rounding
 
 
 def random_gaussian_blur(rng, n, kernel_size, p):
-    """Blurs a share p of the images by a sigma within 0.1 and 2.0 pixels."""
+    """Blurs an image, with probability p, by a sigma between 0.1 and 2.0 pixels."""
     blur = functools.partial(gaussian_blur, kernel_size=kernel_size)
     return where(rng.uniform(n) < p, blur, rng.uniform(n, low=0.1, high=2.0))
 
@@ -180,7 +181,7 @@ def grayscale(x):
 
 
 def random_grayscale(rng, n, p):
-    """Makes a share p of the images grey."""
+    """Makes an image grey with probability p."""
     return where(rng.uniform(n) < p, grayscale)
 
 
@@ -197,16 +198,16 @@ def adjust_saturation(x, factor):
 
 
 def adjust_hue(x, turns):
-    """Turns the hue by `turns` (N,) in [-0.5, 0.5] of the colour circle: RGB to HSV and back.
+    """Rotates the hue by `turns` (N,) in [-0.5, 0.5] of the colour circle: RGB to HSV and back.
 
-    Hue is the angle from red, in sixths of the circle: 2 + (g + b - r - value) / chroma, negative where b > g. That is
+    Hue is the angle from red in sixths of the circle: 2 + (g + b - r - value) / chroma, negative if b > g. This equals
     the usual formula without its three cases, which took five times as long on a CPU.
     """
     r, g, b = x.unbind(1)                                                     # (N, H, W) each
     value = torch.maximum(torch.maximum(r, g), b)
     least = torch.minimum(torch.minimum(r, g), b)
     chroma = value - least
-    hue = (g + b).sub_(r).sub_(value).div_(chroma.clamp(min=1e-9))            # a grey pixel has chroma 0, and any hue
+    hue = (g + b).sub_(r).sub_(value).div_(chroma.clamp(min=1e-9))            # grey pixels have chroma 0, any hue
     hue = hue.add_(2).copysign_(g - b).add_(6 * turns[:, None, None])         # in [-6, 6]
     angle = torch.stack([hue, hue - 2, hue + 2], dim=1).abs_()                # from red, green and blue
     angle = angle.sub_(3).abs_().sub_(3).abs_()                               # the shorter way round, in [0, 3]
@@ -214,10 +215,10 @@ def adjust_hue(x, turns):
 
 
 def color_jitter(factors, order, mask):
-    """The steps of the four adjustments, in each image's own order, of the images where mask (N,) is true.
+    """The steps that apply the four adjustments, each image in its own order, where mask (N,) is true.
 
-    factors: (N, 4) brightness, contrast, saturation (factors around 1) and hue (turns). order: (N, 4), each row a
-    permutation of 0..3, the adjustments in the order of application.
+    factors: (N, 4) of brightness, contrast, saturation (around 1) and hue (turns). order: (N, 4), each row a
+    permutation of 0..3, the order in which the adjustments are applied.
     """
     adjustments = enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue))
     return [step for turn, (which, adjust) in itertools.product(range(4), adjustments)
@@ -225,7 +226,7 @@ def color_jitter(factors, order, mask):
 
 
 def jitter_parameters(rng, n, brightness, contrast, saturation, hue):
-    """Factors uniform in [max(0, 1 - a), 1 + a], hue in [-hue, hue], as torchvision's ColorJitter: (n, 4), (n, 4)."""
+    """As torchvision's ColorJitter: factors in [max(0, 1 - a), 1 + a], hue in [-hue, hue]; and orders: (n, 4) both."""
     strength, centre = torch.tensor([brightness, contrast, saturation, hue]), torch.tensor([1.0, 1.0, 1.0, 0.0])
     low, high = centre - strength, centre + strength
     low[:3].clamp_(min=0)
@@ -234,5 +235,5 @@ def jitter_parameters(rng, n, brightness, contrast, saturation, hue):
 
 
 def random_color_jitter(rng, n, brightness, contrast, saturation, hue, p):
-    """Jitters the colours of a share p of the images, by factors of these strengths (`jitter_parameters`)."""
+    """Jitters the colours of an image with probability p, by factors of these strengths (`jitter_parameters`)."""
     return color_jitter(*jitter_parameters(rng, n, brightness, contrast, saturation, hue), rng.uniform(n) < p)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What every script does at its command line: settings, one-sentence errors, device and precision."""
+"""The command line of every script: settings, one-sentence errors, device and precision."""
 import argparse
 import functools
 import json
@@ -17,7 +17,7 @@ FREE_ON_RESUME = {"help", "resume", "device", "compile", "workers", "data_dir", 
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors as a Refusal and each flag's default beside its help."""
+    """An ArgumentParser that raises Refusal on errors and shows each flag's default in its help."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=functools.partial(Help, max_help_position=28, width=120), allow_abbrev=False,
@@ -27,12 +27,12 @@ class Parser(argparse.ArgumentParser):
         raise Refusal(f"{message} (--help lists the flags)")
 
     def number(self, flag, default, interval, help, kind=None, group=None, **more):
-        """A flag for a number in an interval such as "(0, 1]", of the default's type (`kind` where that is None)."""
+        """Adds a flag for a number in an interval such as "(0, 1]", of type `kind` (by default the default's)."""
         parse = in_interval(interval, kind or type(default))
         (group or self).add_argument(flag, default=default, type=parse, help=help, **more)
 
     def refuse_unused(self, args, names, choice):
-        """Refusal where one of these settings is not at its default: the choice, say "--flag value", ignores them."""
+        """Raises Refusal if one of the settings `names`, which `choice` ("--flag value") ignores, was changed."""
         for name in names:
             if getattr(args, name) != self.get_default(name):
                 raise Refusal(f"--{name.replace('_', '-')} means nothing to {choice}: leave it out")
@@ -45,46 +45,46 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class RunParser(Parser):
-    """The parser of a script that trains, with the flags that mean the same to every method."""
+    """The parser of a training script, with the flags that all methods share."""
 
     def __init__(self, script, method, epochs, batch_size, photographs=False, datasets=data.NAMES):
-        """epochs, batch_size: their defaults. photographs: whether views are cut from a folder's whole photographs."""
+        """epochs, batch_size: defaults. photographs: whether views are cut from a folder's uncropped photographs."""
         super().__init__(prog=Path(script).name, add_help=False, description=f"{method}. The defaults shown are those "
-                         f"of --dataset shapes, or of the other flags given with --help.")
+                         f"for --dataset shapes, or for the flags given together with --help.")
         group = self.add_argument_group("settings that all methods share")
         add, number = group.add_argument, functools.partial(self.number, group=group)
-        add("-h", "--help", action="store_true", help="shows the flags")
+        add("-h", "--help", action="store_true", help="show this list of flags")
         add("--dataset", choices=datasets, default="shapes", help="images to train on; shapes and folder need no "
             "download")
-        add("--small", action="store_true", help="settings of a real data set for ten minutes to two hours without a "
-            "GPU: smaller images, networks and batches, fewer epochs; flags that you give override them")
+        add("--small", action="store_true", help="settings with which a real data set takes ten minutes to two "
+            "hours without a GPU: smaller images, networks and batches, fewer epochs; other flags override them")
         add("--data-dir", default="data", metavar="DIR",
             help="folder of downloads, or of your images (DIR/train/CLASS/*, DIR/test/CLASS/*)")
-        number("--image-size", 32, "[8, inf)", "side of the images, pixels")
+        number("--image-size", 32, "[8, inf)", "side of the images in pixels")
         if photographs:
-            number("--store-size", None, "[8, inf)", "side that a folder's photographs are kept at, whole, to be "
-                   "cropped from (default: twice the image size; not more than the largest has)", int)
+            number("--store-size", None, "[8, inf)", "side to which a folder's photographs are resized whole before "
+                   "views are cut from them (default: twice the image size, or the largest photograph's side)", int)
         number("--epochs", epochs, "[1, inf)", "passes over the training images")
-        number("--batch-size", batch_size, "[2, inf)", "images a step, over all processes")
-        number("--seed", 0, "[0, 4294967295]", "of the weights, the order, the augmentation, and of shapes")
+        number("--batch-size", batch_size, "[2, inf)", "images per step, over all processes")
+        number("--seed", 0, "[0, 4294967295]", "random seed of weights, order, augmentation and generated images")
         add("--device", default="auto", help="auto (CUDA, else MPS, else the CPU), cpu, mps, cuda or cuda:N")
         add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-            help="mixed precision; auto takes bf16, fp16 or off as the hardware has it")
-        add("--compile", action="store_true", help="torch.compile the model: faster on a GPU, after half a minute")
+            help="mixed precision; auto chooses bf16, fp16 or off to suit the hardware")
+        add("--compile", action="store_true", help="use torch.compile: faster on a GPU after half a minute")
         number("--workers", cores(), "[0, 1024]", "processes that decode images")
-        number("--cache-gb", 8.0, "[0, inf)", "GB of decoded images kept on the device; more is streamed")
-        number("--knn-every", None, "[1, inf)", "epochs from one kNN on the test images to the next; the last has one, "
-               "too (default: as often as 5 %% of the time allows)", int, metavar="N")
-        add("--out", help="folder of the run; by default the next free runs/METHOD-DATASET-SEED")
-        add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
+        number("--cache-gb", 8.0, "[0, inf)", "GB of decoded images to keep on the device; larger sets are streamed")
+        number("--knn-every", None, "[1, inf)", "epochs between kNN evaluations on the test images; one always follows "
+               "the last epoch (default: as often as 5 %% of the training time allows)", int, metavar="N")
+        add("--out", help="folder of the run (default: the next free runs/METHOD-DATASET-SEED)")
+        add("--resume", metavar="RUN", help="continue the run in this folder, with its settings")
 
     def parse(self, argv, presets, free=()):
         """The settings of a new run, or of the run that --resume names, as a Namespace.
 
-        presets: [(choices, settings)]: a run that has all the choices, say dict(dataset="folder"), by flags or by
-        entries before, takes these settings in place of the flags' defaults. A later entry overrides an earlier one,
-        and a flag that is given all of them. --help shows what would be used. free: settings of this script that decide
-        how fast it runs, not what is computed, so that they may change on --resume. Raises Refusal.
+        presets: [(choices, settings)]: if all the choices, such as dict(dataset="folder"), apply to a run, by flags or
+        by earlier entries, the settings replace the flags' defaults. Later entries override earlier ones, and flags on
+        the command line override all of them. --help shows the values that would be used. free: settings of the script
+        that affect its speed but not its results, so that they may change on --resume. Raises Refusal.
         """
         settings, absent = vars(self.parse_args([])), object()
 
@@ -100,7 +100,7 @@ class RunParser(Parser):
                 raise Refusal(f"--resume {refusal}") from None
             try:
                 settings |= given_in(as_flags(stored))
-                for name, value in stored.items():                            # only what flags can give
+                for name, value in stored.items():                            # only values that flags can give
                     if settings.get(name, absent) != value:
                         raise ValueError(f"{name} {value!r}")
             except ValueError as error:                                       # a Refusal is one
@@ -127,9 +127,9 @@ class RunParser(Parser):
 
 
 def read_settings(folder, method=None):
-    """(method, settings) of the run in `folder`, from its args.json. method: the one that is expected, if any.
+    """(method, settings) of the run in `folder`, from its args.json. method: the method that is expected, if any.
 
-    Raises Refusal where there is no such run. A method is the name of a script beside common/, never a path.
+    Raises Refusal if there is no such run. The method is the name of a script beside common/, never a path.
     """
     path = Path(folder) / "args.json"
     try:
@@ -146,8 +146,8 @@ def read_settings(folder, method=None):
 
 
 def read_json(path, most=2**22):
-    """What a JSON file holds. Raises OSError, or ValueError where it holds none, or more than `most` bytes."""
-    if not path.is_file():                                                    # reading a pipe would wait for ever
+    """The contents of a JSON file. Raises OSError, or ValueError if it is no JSON or has more than `most` bytes."""
+    if not path.is_file():                                                    # reading a pipe would block for ever
         raise FileNotFoundError(path)
     with open(path, "rb") as file:
         text = file.read(most + 1)
@@ -158,7 +158,7 @@ def read_json(path, most=2**22):
 
 
 def as_flags(settings):
-    """The words of a command line that gives the settings. Raises ValueError where none can."""
+    """The settings as the words of a command line. Raises ValueError if that is impossible."""
     words = []
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
@@ -166,16 +166,16 @@ def as_flags(settings):
             words += [flag, *map(str, value)]
         elif value is not None and value is not False:
             words.append(flag if value is True else f"{flag}={value}")
-    os.fsencode("".join(words))                                               # ValueError where it cannot
+    os.fsencode("".join(words))                                               # ValueError if it cannot
     if any("\0" in word or len(word) > 4096 for word in words):
         raise ValueError("a word that no system takes")
     return words
 
 
 def in_interval(interval, kind):
-    """An argparse type: a number, int or float, in an interval such as "[0, 1]", or "(0, inf)" without its ends."""
+    """An argparse type: an int or float (`kind`) in an interval such as "[0, 1]", or "(0, inf)", which is open."""
     low, high = map(float, interval[1:-1].split(","))
-    high = min(high, 2**32) if kind is int else high                          # what torch can count
+    high = min(high, 2**32) if kind is int else high                          # torch's limit
 
     def parse(text):
         try:
@@ -190,19 +190,19 @@ def in_interval(interval, kind):
 
 
 def cores():
-    """A default for --workers: the cores this process may use, at most 8."""
+    """The default of --workers: the number of cores that this process may use, at most 8."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
-    """Runs a script's main as a program: what the user can help is one sentence on stderr and exit status 2, without a
-    traceback.
+    """Runs a script's main as a program. Errors that the user can fix become one sentence on stderr and exit status 2,
+    without a traceback.
 
-    memory: the flags that lower the need of memory, for the sentence of where there is too little.
+    memory: the flags that reduce the use of memory, for the sentence about having too little.
     """
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
-    if "RANK" not in os.environ:                                              # torchrun's may be deaf, waiting in C++
+    if "RANK" not in os.environ:                                              # torchrun's may be blocked in C++
         signal.signal(signal.SIGTERM, interrupt)
     free = limit_memory()
     try:
@@ -220,7 +220,7 @@ def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
 
 
 def way_out(error, free, memory):
-    """The sentence for an error that the user can help, or None for one of the program's own."""
+    """The sentence for an error that the user can fix, or None for a bug of the program."""
     text = str(error) if isinstance(error, RuntimeError) else ""              # torch's
     if isinstance(error, Refusal):
         return str(error)
@@ -238,8 +238,8 @@ def way_out(error, free, memory):
 
 
 def limit_memory():
-    """Bytes of memory that are free now. On Linux without CUDA the process is limited to them from here on: a larger
-    allocation fails at once, where the system would grant it and kill the process when it is used."""
+    """The bytes of memory that are free now. On Linux without CUDA the process is limited to them from here on, so that
+    a larger allocation fails at once; the system would grant it and kill the process once the memory is used."""
     try:
         import resource                                                       # Windows has none
         lines = (Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()).splitlines()
@@ -250,15 +250,14 @@ def limit_memory():
     for file in "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes":           # of a container
         if os.path.exists(file) and (limit := Path(file).read_text().strip()).isdecimal():
             free = min(free, int(limit))
-    if not torch.cuda.is_available():                                         # its driver reserves more than it uses
+    if not torch.cuda.is_available():                                         # CUDA reserves more than it uses
         resource.setrlimit(resource.RLIMIT_DATA, (taken + free, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     return free
 
 
 def pick_device(name):
-    """"auto" takes CUDA, then MPS (Apple's GPUs), then the CPU; other names are torch's ("cpu", "cuda:1", "mps").
-
-    Each process that torchrun starts takes the CUDA device of its own number.
+    """The torch.device for --device. "auto" prefers CUDA, then MPS (Apple's GPUs), then the CPU; all else is torch's
+    ("cpu", "cuda:1", "mps"). Each process that torchrun starts gets the CUDA device of its local rank.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -275,8 +274,8 @@ def pick_device(name):
 def pick_amp(name, device):
     """The dtype of autocast: torch.bfloat16, torch.float16 or None (float32).
 
-    "auto" is bf16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AMX or AVX-512 BF16), fp16 on older
-    GPUs, which needs a gradient scaler, else float32.
+    "auto" is bf16 if the hardware supports it (CUDA from Ampere on, CPUs with AMX or AVX-512 BF16), fp16 on older GPUs,
+    which needs a gradient scaler, and otherwise float32.
     """
     if name == "auto":
         has = getattr(torch.cpu, "get_capabilities", dict)()                  # older torch cannot tell

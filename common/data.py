@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Data sets as batches of uint8 pixels, kept on the training device where they fit, else streamed from disk."""
+"""Data sets as batches of uint8 pixels, kept on the training device if they fit, otherwise streamed from disk."""
 import functools
 import os
 import warnings
@@ -26,9 +26,9 @@ NAMES = ("shapes", "patterns", *HOMES, "folder")
 class Images:
     """N square RGB images, (N, 3, S, S) uint8, or stacks of F aligned ones, (N, 3 F, S, S), and their labels.
 
-    source: such a tensor, or a `Decoder`. labels: (N,) int64 on the device, or None. pixels: on the device, or None
-    where they are streamed. aspect: (N,) on the CPU, width / height of the photographs that were squashed to these
-    squares; 1 where they were cropped."""
+    source: such a tensor, or a `Decoder`. labels: (N,) int64 on the device, or None. pixels: on the device, or None if
+    they are streamed. aspect: (N,) on the CPU, width / height of photographs that were resized whole to these squares;
+    1 for those that were cropped."""
 
     def __init__(self, source, labels, device, workers, in_memory, aspect=None):
         self.source, self.device, self.workers, self.shape = source, device, workers, tuple(source.shape[-3:])
@@ -47,7 +47,7 @@ class Images:
         return len(self.source)
 
     def batches(self, index_batches):
-        """Yields uint8 (B, 3, S, S) on the device for each (B,) of the index tensors."""
+        """Yields uint8 (B, 3, S, S) on the device for each index tensor (B,)."""
         if self.pixels is None:
             for x in stream(self.source, self.workers, index_batches, self.device.type == "cuda"):
                 yield augment.send(x, self.device)
@@ -60,13 +60,13 @@ class Images:
         return next(self.batches([index.cpu()])).cpu()
 
     def random_indices(self, n):
-        """The indices of n images, or of all if there are fewer, drawn at random but always the same."""
+        """The indices of n random images, or of all if there are fewer; always the same ones."""
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:n]
 
 
 class Data(NamedTuple):
-    """train: what the method sees. centred: the same resized and centre-cropped, as encoders see them. labelled, test:
-    for the probe; None where there are no labels, and `unlabelled` then says why. classes: their names."""
+    """train: the images to train on. centred: the same, resized and centre-cropped, as for evaluation. labelled, test:
+    for the probe; None if there are no labels, and `unlabelled` then tells why. classes: their names."""
     train: Images
     centred: Images
     labelled: Images | None
@@ -75,7 +75,7 @@ class Data(NamedTuple):
     unlabelled: str = ""
 
     def __str__(self):
-        """How many images there are, of what size, and where they are kept."""
+        """The number and size of the images, and where they are kept."""
         parts = ((self.train, "training images"),
                  (None if self.labelled is self.centred else self.labelled, "labelled ones"),
                  (self.test, f"test images of {len(self.classes)} classes"))
@@ -85,10 +85,10 @@ class Data(NamedTuple):
 
 
 class Batches:
-    """The batches of one process in every epoch: in random order, whole ones only, each shared out evenly."""
+    """The batches of one process: in random order, only full ones, divided evenly among the processes."""
 
     def __init__(self, images, batch_size, seed, rank=0, world=1):
-        """batch_size: images of all processes together. Raises Refusal where images or processes do not fit it."""
+        """batch_size: of all processes together. Raises Refusal if it does not suit the images or processes."""
         self.images, self.batch_size, self.seed, self.rank, self.world = images, batch_size, seed, rank, world
         if batch_size % world:
             raise Refusal(f"--batch-size {batch_size} is not a multiple of the {world} processes")
@@ -96,25 +96,25 @@ class Batches:
             raise Refusal(f"--batch-size {batch_size} is larger than the data set, {len(images)} images")
 
     def __len__(self):
-        """Steps of an epoch."""
+        """The number of steps per epoch."""
         return len(self.images) // self.batch_size
 
     def epoch(self, epoch, first=0):
-        """Yields, from step `first` on, (step, index, x): which images, (B,) on the CPU, and their pixels uint8
-        (B, 3, S, S) on the device, B = batch_size / world."""
+        """Yields (step, index, x) from step `first` on: index (B,) of the images, on the CPU, and x, their uint8 pixels
+        (B, 3, S, S), on the device. B = batch_size / world."""
         order = epoch_order(len(self.images), self.batch_size, self.seed, epoch, self.rank, self.world)[first:]
         yield from zip(range(first, len(self)), order, self.images.batches(order))
 
     def every_image(self):
-        """Yields (index, x) as `epoch` does, of batches that have each image: the last is filled up with others."""
+        """Yields (index, x) as `epoch` does, for all images: the last batch is filled up with others."""
         order = epoch_order(len(self.images), self.batch_size, self.seed, 0, self.rank, self.world, every=True)
         yield from zip(order, self.images.batches(order))
 
 
 def epoch_order(n, batch_size, seed, epoch, rank=0, world=1, every=False):
-    """The epoch's batches of this process, (steps, batch_size // world) indices below n, from (seed, epoch) alone. The
-    images that do not fill a last batch are left out: another epoch's order has them. Or, if every, they are in a last
-    batch that the first images fill up."""
+    """The batches of this process in an epoch: (steps, batch_size // world) indices below n, determined by seed and
+    epoch. Images that do not fill a last batch are left out, others in each epoch; or, if `every`, the first images of
+    the order fill it up."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     steps = -(-n // batch_size) if every else n // batch_size
     return order.repeat(2)[: steps * batch_size].view(-1, world, batch_size // world)[:, rank]
@@ -123,12 +123,13 @@ def epoch_order(n, batch_size, seed, epoch, rank=0, world=1, every=False):
 def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_size=None):
     """The data set `name` (one of NAMES) as a Data of image_size x image_size images.
 
-    `shapes` (and `patterns`) trains on 2,000 images and probes with the labels of 500 of them, tested on 1,000: with
-    more, neighbours in pixels would tell the classes. data_dir: where downloads are kept, or the user's folder, or a
-    list of `aligned` ones, whose images are stacked, 3 channels each. cache_gb: 10^9 bytes that may be kept on the
-    device; more is streamed by `workers` processes. seed: of `shapes` and `patterns`. store_size: the side of the
-    squares to which a folder's training images are squashed (at most the largest image's), for views that are cut from
-    the whole photograph; None: they are cropped like the others. Raises Refusal where images are missing or broken."""
+    `shapes` and `patterns` have 2,000 training images, of which 500 are labelled, and 1,000 test images; with more
+    labels, neighbours in pixel space would already tell the classes. data_dir: the folder of downloads or of the user's
+    images, or a list of `aligned` folders, whose images are stacked, 3 channels each. cache_gb: how many 10^9 bytes may
+    be kept on the device; more is streamed by `workers` processes. seed: of `shapes` and `patterns`. store_size: the
+    side of the squares to which a folder's training images are resized whole (at most the largest image's), so that
+    views can be cut from the whole photograph; None: they are cropped. Raises Refusal if images are missing or broken.
+    """
     roots = list(map(Path, data_dir if isinstance(data_dir, (list, tuple)) else [data_dir]))
     channels, why, whole, aspect = 3 * len(roots), "", None, None
     if name in ("shapes", "patterns"):
@@ -144,7 +145,7 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
             sizes = stream(Decoder(items, read=upright_size), workers)
             sizes = torch.cat(list(counted(sizes, -(-len(items) // 256), "headers of 256 images read")))
             side, aspect = max(image_size, min(store_size, int(sizes.max()))), (sizes[:, 0] / sizes[:, 1]).float()
-            aspect.clamp_(1 / 8, 8)                                           # thinner crops could miss all pixels
+            aspect.clamp_(1 / 8, 8)                                           # thinner crops might miss all pixels
             if side > image_size or (aspect != 1).any():
                 whole = Decoder(items, side, channels, functools.partial(to_pixels, squash=True))
     sources = [part[0] for part in parts if part] + [whole] * (whole is not None)
@@ -156,9 +157,9 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
 
 
 class Decoder(Dataset):
-    """read(image, S) of each image of a source, by default uint8 (channels, S, S). The source has paths, (image, label)
-    pairs, or lists of paths, whose images are stacked. In place of one that cannot be read there is the sentence that
-    says so: a DataLoader would wrap an exception of its workers in their traceback."""
+    """Gives read(image, S) for each image of a source, by default uint8 (channels, S, S). The source contains paths,
+    (image, label) pairs, or lists of paths whose images are stacked. For an image that cannot be read it gives an error
+    message, as a DataLoader would wrap an exception in the worker's traceback."""
 
     def __init__(self, source, image_size=1, channels=3, read=None):
         self.source, self.shape, self.read = source, (channels, image_size, image_size), read or to_pixels
@@ -174,18 +175,18 @@ class Decoder(Dataset):
                     with what if isinstance(what, Image.Image) else Image.open(what) as image:
                         found.append(self.read(image, self.shape[-1]))
             return torch.cat(found)
-        except Exception as error:                                            # Pillow's decoders raise all sorts
+        except Exception as error:                                            # Pillow raises many kinds
             return f"{what} cannot be read as an image ({error or type(error).__name__})"
 
 
 def stream(source, workers, index_batches=None, pin_memory=False):
-    """Yields what a `Decoder` gives for each (B,) of the index tensors, or for all in order, stacked, from worker
-    processes. Raises Refusal, which names the first image that cannot be read and counts the others."""
+    """Yields stacked batches of what a `Decoder` gives, for each index tensor (B,) or for all images in order, using
+    worker processes. Raises Refusal, which names the first image that cannot be read and counts the others."""
     sampler, broken = torch.arange(len(source)).split(256) if index_batches is None else index_batches, []
     for batch in DataLoader(source, batch_sampler=[index.tolist() for index in sampler], num_workers=workers,
                             collate_fn=stack, pin_memory=pin_memory, generator=torch.Generator()):   # not torch's own
         if isinstance(batch, list):
-            broken += batch                                                   # the rest is read only to be counted
+            broken += batch                                                   # the rest is only counted
         elif not broken:
             yield batch
     if broken:
@@ -194,20 +195,20 @@ def stream(source, workers, index_batches=None, pin_memory=False):
 
 
 def stack(images):
-    """The images as a batch, or the sentences in place of those that cannot be read."""
+    """The images as a batch, or the error messages for those that cannot be read."""
     return [image for image in images if isinstance(image, str)] or torch.stack(images)
 
 
 def upright_size(image, _):
-    """Width and height of a PIL image, by its header: (2,)."""
+    """Width and height of a PIL image, (2,), from its header."""
     size = torch.tensor(image.size)
-    return size.flip(0) if image.getexif().get(0x0112, 1) > 4 else size       # turned by 90 degrees
+    return size.flip(0) if image.getexif().get(0x0112, 1) > 4 else size       # rotated by 90 degrees
 
 
 def to_pixels(image, size, squash=False):
-    """Any PIL image to uint8 (3, S, S): RGB, shorter side to S, centre crop, or all of it squashed to the square.
-    Transparency is laid over white."""
-    if image.mode == "F" or image.mode == "I" and image.format == "TIFF":     # depths, say
+    """Converts any PIL image to RGB uint8 (3, S, S): the shorter side is resized to S and the centre cropped or, with
+    `squash`, the whole image is resized to the square. Transparent images are put on white."""
+    if image.mode == "F" or image.mode == "I" and image.format == "TIFF":     # depth maps, say
         raise ValueError(f"mode {image.mode} has no fixed range: save it with 8 or 16 bits a channel")
     if image.format == "JPEG":
         image.draft("RGB", (size, size))                                      # decodes at 1/2, 1/4 or 1/8 if enough
@@ -221,18 +222,18 @@ def to_pixels(image, size, squash=False):
     if squash:
         image = TF.resize(image, [size, size])
     elif image.size != (size, size):
-        if max(image.size) > 8 * min(image.size):                             # a strip, resized, would be enormous
+        if max(image.size) > 8 * min(image.size):                             # a resized strip would be huge
             image = TF.center_crop(image, [min(side, 8 * min(image.size)) for side in (image.height, image.width)])
         image = TF.center_crop(TF.resize(image, size), size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-# ---- sources: [(items, labels) or None to train on without labels, to probe on, to test on]
+# ---- sources: [unlabelled training images, labelled ones, test images], each (items, labels) or None
 
 
 def image_files(folder):
-    """The images in and below a folder, each once by its real path. Links are followed last, and never to a folder
-    above; hidden files (.ipynb_checkpoints, ._1.jpg), pipes and devices are left out. Raises OSError."""
+    """The images in a folder and its subfolders, each once by its real path. Links are followed last, and never to a
+    parent folder; hidden files (.ipynb_checkpoints, ._1.jpg), pipes and devices are left out. Raises OSError."""
     def fail(error):
         raise error
     found, seen, tops = [], set(map(str, Path(folder).resolve().parents)), [folder]
@@ -246,15 +247,15 @@ def image_files(folder):
         for name in (n for n in names if n.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not n.startswith(".")):
             path = os.path.join(place, name)
             linked = os.path.islink(path)
-            if os.path.isfile(path) or not os.path.exists(path):              # a broken link is refused, not left out
+            if os.path.isfile(path) or not os.path.exists(path):              # a broken link is an error
                 found.append((linked, path, os.path.realpath(path) if linked else os.path.join(real, name)))
     return sorted({real: path for _, path, real in sorted(found, reverse=True)}.values())
 
 
 def folder(root):
-    """A user's own images, DIR/train/CLASS/* with DIR/test/CLASS/* (or val), or images without classes: the parts, the
-    classes, and, where there are none, why."""
-    def by_class(part):                                                       # (class, image) of what is in folders
+    """The user's own images, DIR/train/CLASS/* and DIR/test/CLASS/* (or val), or images without classes: the parts, the
+    classes and, if there are none, the reason."""
+    def by_class(part):                                                       # (class, image) of images in subfolders
         places = ((file[len(str(part)) + 1 :].split(os.sep), file) for file in image_files(part))
         return sorted((place[0], file) for place, file in places if len(place) > 1)
 
@@ -279,8 +280,8 @@ def folder(root):
 
 
 def aligned(roots):
-    """`folder` of the first root; where there are more roots with a list of files for each item: its own, and those of
-    the same place and name, but for the suffix, below the others."""
+    """`folder` of the first root. With several roots, each item becomes a list of files: its own, and those below the
+    other roots with the same path except for the suffix."""
     found, named = [folder(root) for root in roots], [{} for _ in roots]
     if len(roots) == 1:
         return found[0]
@@ -298,7 +299,7 @@ def aligned(roots):
 
 
 def download(name, data_dir):
-    """The parts and classes of a data set of torchvision's, fetched to data_dir on first use, and ""."""
+    """The parts and classes of a torchvision data set, downloaded to data_dir on first use, and ""."""
     splits = (["unlabeled"] if name == "stl10" else []) + ["train", "test"]
     kind = {key.lower(): value for key, value in vars(datasets).items()}[name]               # torchvision's class
 
@@ -310,7 +311,7 @@ def download(name, data_dir):
 
     try:
         parts = [part(split) for split in splits]
-    except Exception as error:                                                # torchvision raises all sorts
+    except Exception as error:                                                # torchvision raises many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[-1]      # of a list of mirrors, the last one's
         raise Refusal(f"--dataset {name} is not in {Path(data_dir).resolve()} and could not be downloaded ({reason}): "
                       f"get it from {HOMES[name]} and put it there, or use --dataset shapes or --dataset folder, which "
@@ -320,11 +321,11 @@ def download(name, data_dir):
 
 
 def svhn(split, data_dir):
-    """Street View House Numbers, cropped digits, fetched on first use: [(image, None)], labels. Without SciPy, which
-    torchvision's class needs: a MATLAB 5 file of two arrays, each compressed, with a header, its flags, shape, name and
+    """Street View House Numbers, cropped digits, downloaded on first use: [(image, None)], labels. torchvision's class
+    needs SciPy; this reads the MATLAB 5 file itself: two compressed arrays, each with a header, flags, shape, name and
     values, padded to 8 bytes."""
     (url, filename, md5), arrays = datasets.SVHN.split_list[split], []
-    datasets.utils.download_url(url, data_dir, filename, md5)                 # where it is not there
+    datasets.utils.download_url(url, data_dir, filename, md5)                 # unless it is there
     rest = (Path(data_dir) / filename).read_bytes()[128:]
     while rest:
         size = int.from_bytes(rest[4:8], "little")

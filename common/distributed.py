@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Training in several processes (torchrun): the results are those of one process with the whole batch. (Batch norm in
-MoCo's groups keeps the first process's running statistics, which are the noisier for it.)"""
+"""Training in several processes (torchrun), with the results of one process with the whole batch. (Batch norm in MoCo's
+groups keeps the running statistics of the first process, which are noisier.)"""
 import datetime
 import os
 import time
@@ -14,8 +14,8 @@ from . import Refusal
 
 
 def start(device):
-    """Joins the processes that torchrun started, if it did. Returns (rank, world): (0, 1) in a plain run. Raises
-    Refusal where they would share a GPU, or have devices that torch cannot join."""
+    """Joins the processes started by torchrun, if there are any. Returns (rank, world): (0, 1) in a plain run. Raises
+    Refusal if they would share a GPU, or have devices that torch cannot connect."""
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type != "cpu" and device != torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))):
             raise Refusal(f"--device {device}: each process of torchrun has a GPU of its own, or all share the CPU: "
@@ -27,38 +27,38 @@ def start(device):
 
 
 def end():
-    """Leaves the processes, as NCCL wants all to do at one time; nothing in a plain run."""
+    """Leaves the group of processes, which NCCL wants all to do together; does nothing in a plain run."""
     if dist.is_initialized():
-        time.sleep(0.2)  # in torch 2.4 it would wait for ever for a thread of gloo that is just ending an operation
+        time.sleep(0.2)  # torch 2.4 would otherwise wait for ever for a gloo thread that is finishing an operation
         dist.destroy_process_group()
 
 
 def rank_and_world():
-    """Which process this is, of how many."""
+    """(rank, world): the number of this process, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def wrap(module, device, sync_batch_norm=True):
-    """The module with its gradients averaged over the processes; unchanged in a plain run. Each loss has to depend on
-    all parameters that require a gradient. sync_batch_norm: in place, by the whole batch of all processes."""
+    """The module, with gradients averaged over the processes; unchanged in a plain run. Each loss has to depend on all
+    parameters that require a gradient. sync_batch_norm: use the statistics of the whole batch, of all processes."""
     if not dist.is_initialized():
         return module
-    if sync_batch_norm and device.type == "cuda":                             # ours would take more memory there
+    if sync_batch_norm and device.type == "cuda":                             # ours takes more memory there
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     elif sync_batch_norm:
         for child in module.modules():
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
                 child.__class__ = SyncBatchNorm
     net = nn.parallel.DistributedDataParallel(module)
-    # Buffers are the same in every process, or the first's are kept: a queue or a memory bank is too large to send.
+    # Buffers are equal in all processes, or only the first's are kept; queues and memory banks are too large to send.
     net.broadcast_buffers = False
     return net
 
 
 def gather(x):
-    """(n, ...) of each process to (n * world, ...) in rank order, differentiably: the gradient of x sums what every
-    process's loss asks of it. If each computes the same loss of the whole batch, that is world times the gradient;
-    DistributedDataParallel's mean over the processes divides it away."""
+    """Concatenates x (n, ...) of all processes, in rank order, to (n * world, ...). Differentiable: the gradient of x
+    is the sum over the losses of all processes. If each computes the same loss of the whole batch, that is world times
+    the gradient; the mean over processes in DistributedDataParallel cancels it."""
     return Gather.apply(x.contiguous()) if dist.is_initialized() else x
 
 
@@ -70,13 +70,13 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient):
-        dist.all_reduce(gradient := gradient.clone(memory_format=torch.contiguous_format))   # gloo sends it as it lies
+        dist.all_reduce(gradient := gradient.clone(memory_format=torch.contiguous_format))   # gloo sends memory order
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def first_process_first(function, *args):
-    """function(*args) in every process, in the first before the others: what it downloads is downloaded once. A group
-    of its own has its own time-out: the others wait a day for a download, not the usual half an hour."""
+    """function(*args) in every process, first in the first one, so that a download happens only once. A separate group
+    has a time-out of its own: the others wait up to a day for a download, not the usual half an hour."""
     if not dist.is_initialized():
         return function(*args)
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
@@ -86,14 +86,14 @@ def first_process_first(function, *args):
 
 
 def any_process(flag):
-    """Whether the flag is set in any process. It stays on the CPU, so the device goes on meanwhile."""
+    """Whether the flag is set in any process. The exchange is on the CPU, so that the device can go on."""
     if dist.is_initialized():
         dist.all_reduce(flag := torch.tensor(float(flag)), dist.ReduceOp.MAX)
     return bool(flag)
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm by all processes' batches on the CPU, which torch's own refuses: for trying it without a GPU."""
+    """Batch norm over the batches of all processes on the CPU, which torch's own does not support."""
 
     def forward(self, x):
         if not self.training:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a frozen representation is worth: a linear probe and a kNN classifier on its features, beside honest floors."""
+"""Evaluation of frozen features by a linear probe and a kNN classifier, next to two baselines."""
 import contextlib
 import itertools
 import time
@@ -7,28 +7,28 @@ import time
 import torch
 import torch.nn.functional as F
 
-L2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # tried on a held-out tenth of the training features
+L2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # candidates, compared on a held-out tenth of the training features
 
 
 def linear_probe(train_x, train_y, test_x, test_y):
     """Test accuracy in [0, 1] of multinomial logistic regression on frozen features.
 
     train_x (N, D), test_x (M, D) floats; train_y (N,), test_y (M,) int64, all on one device. Features are standardised
-    with the training features' mean and deviation. The weight of the L2 penalty is the best of `L2` on a tenth of the
-    training set held out at random, and the final fit uses all of it; the test set is looked at once. Full-batch
-    L-BFGS, in float32, as SimCLR's transfer (appendix B.8); other papers take SGD on augmented images (MoCo: rate 30,
-    100 epochs). The features of all images have to fit the device.
+    by the mean and deviation of the training features. The weight of the L2 penalty is the one of `L2` that is best on
+    a random tenth of the training set; the final fit uses the whole set, and the test set is used once. Full-batch
+    L-BFGS in float32, as in SimCLR's transfer experiments (appendix B.8); other papers use SGD on augmented images
+    (MoCo: rate 30, 100 epochs). The features of all images have to fit on the device.
     """
     train_x, test_x = standardised(train_x, test_x)
     return score(test_x, test_y, chosen_fit(train_x, train_y, int(torch.cat([train_y, test_y]).max()) + 1))
 
 
 def chosen_fit(train_x, train_y, classes):
-    """`fit` of standardised features with the L2 penalty that is best on a tenth of them, held out."""
+    """`fit` of standardised features with the L2 penalty that is best on a held-out tenth of them."""
     order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0)).to(train_x.device)
     held, kept = order.tensor_split([max(1, len(order) // 10)])
     best, weights = (-1.0, None), None
-    for l2 in counted(sorted(L2, reverse=True), len(L2) + 1, "fits of the linear probe"):     # each warms the next
+    for l2 in counted(sorted(L2, reverse=True), len(L2) + 1, "fits of the linear probe"):     # each starts the next
         weights = fit(train_x[kept], train_y[kept], classes, l2, weights)
         best = max(best, (score(train_x[held], train_y[held], weights), l2))
     return fit(train_x, train_y, classes, best[1], weights)
@@ -42,7 +42,7 @@ def standardised(train_x, test_x):
 
 
 def fit(x, y, classes, l2, start=None):
-    """Weights (D + 1, classes), the bias last, that minimise cross-entropy + l2 / 2 |W|^2 without the bias's."""
+    """Weights (D + 1, classes), the bias last, that minimise cross-entropy + l2 / 2 |W|^2, with the bias not in W."""
     weights = torch.zeros(x.shape[1] + 1, classes, device=x.device) if start is None else start.clone()
     weights.requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=100, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
@@ -68,10 +68,9 @@ def score(x, y, weights):
 
 
 def mlp(train_x, train_y, test_x, test_y, hidden=200, dropout=0.1, batch_size=256, lr=3e-3, steps=200):
-    """Test accuracy in [0, 1] of a classifier with one hidden layer, as Hjelm et al. (1808.06670) judge theirs.
+    """Test accuracy in [0, 1] of a classifier with one hidden layer, the evaluation in Hjelm et al. (1808.06670).
 
-    Shapes and standardisation as in `linear_probe`. Adam, the rate falling to 0 by a cosine; 20 passes, `steps` at
-    least.
+    Shapes and standardisation are as in `linear_probe`. Adam with a cosine schedule; 20 epochs, but at least `steps`.
     """
     train_x, test_x = standardised(train_x, test_x)
     classes, steps = int(torch.cat([train_y, test_y]).max()) + 1, max(steps, 20 * len(train_x) // batch_size)
@@ -96,7 +95,7 @@ def mlp(train_x, train_y, test_x, test_y, hidden=200, dropout=0.1, batch_size=25
 def knn(train_x, train_y, test_x, test_y, k=200, tau=0.1):
     """Test accuracy in [0, 1] of the k nearest training features by cosine, weighted e^(cosine / tau).
 
-    Shapes as in `linear_probe`. Wu et al. 2018 (1805.01978), section 3.4; k is cut to the training set's size.
+    Shapes as in `linear_probe`. Wu et al. 2018 (1805.01978), section 3.4; k is at most the size of the training set.
     """
     train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
     classes = int(torch.cat([train_y, test_y]).max()) + 1
@@ -112,11 +111,11 @@ def knn(train_x, train_y, test_x, test_y, k=200, tau=0.1):
 
 @torch.no_grad()
 def encoded(encoder, images, autocast=contextlib.nullcontext(), batch_size=512, index=None, view=lambda x: x):
-    """Yields what the encoder makes of the images, in order, batch by batch: (B, D) floats on the device.
+    """Yields the encoder's features of the images, in order, batch by batch: (B, D) floats on the device.
 
-    encoder: a Module, RGB (B, 3, S, S) in [0, 1] to (B, D). It is put into eval mode meanwhile, and its parts back into
-    the modes they had; nothing else of it changes. images: `data.Images`. autocast: a context. index: which of the
-    images, (N,) on the CPU; all without it. view: a function that the images go through first.
+    encoder: a Module, RGB (B, 3, S, S) in [0, 1] to (B, D). It is in eval mode meanwhile; afterwards all its modules
+    are back in the modes they had. images: `data.Images`. autocast: a context. index: (N,) on the CPU, which images to
+    use (default: all). view: a function to apply to the images first.
     """
     modes = {part: part.training for part in encoder.modules()}
     encoder.eval()
@@ -132,14 +131,14 @@ def encoded(encoder, images, autocast=contextlib.nullcontext(), batch_size=512, 
 
 
 def features(encoder, images, autocast=contextlib.nullcontext(), **more):
-    """What `encoded` yields of the same arguments, in one: (N, D)."""
+    """All that `encoded` yields for the same arguments, in one tensor: (N, D)."""
     return torch.cat(list(encoded(encoder, images, autocast, **more)))
 
 
 class WhitenedPixels(torch.nn.Module):
-    """The floor that needs no learning: pixels (at most 32 x 32) on their first principal components, whitened.
+    """The baseline without learning: pixels (at most 32 x 32) projected on their principal components and whitened.
 
-    Fitted to `images`, at most 10,000 of them. Images to (N, components).
+    Fitted to at most 10,000 of `images`. Maps images to (N, components).
     """
 
     def __init__(self, images, components=256):
@@ -149,8 +148,8 @@ class WhitenedPixels(torch.nn.Module):
         x = torch.cat([self.flat(part.float() / 255) for part in batches])
         self.mean = x.mean(dim=0)
         covariance = (x - self.mean).T @ (x - self.mean) / len(x)
-        variance, axes = (part.to(x.device) for part in torch.linalg.eigh(covariance.cpu()))  # ascending; MPS has none
-        components = min(components, int((variance > 1e-6 * variance[-1]).sum()))             # few images span less
+        variance, axes = (part.to(x.device) for part in torch.linalg.eigh(covariance.cpu()))  # ascending; not on MPS
+        components = min(components, int((variance > 1e-6 * variance[-1]).sum()))             # few images span fewer
         self.axes = axes[:, -components:] / variance[-components:].clamp(min=1e-8).sqrt()
 
     def flat(self, x):
@@ -163,26 +162,26 @@ class WhitenedPixels(torch.nn.Module):
             return (self.flat(x) - self.mean) @ self.axes
 
 
-# ---- without labels: how features lie on the sphere
+# ---- measures without labels: how the features are distributed on the unit sphere
 
 
 def feature_std(h):
-    """The standard deviation of unit features: of h (N, D), the root mean square distance of h / |h| from its mean, a
-    scalar tensor from 0 (collapse: one direction, or all h are 0) to 1 (all over the sphere). SimSiam (Chen & He 2020,
-    2011.10566) plots the mean over the D dimensions, 1 / sqrt(D) of it if all vary alike."""
+    """The standard deviation of normalised features: the root mean square distance of h / |h|, h (N, D), from its mean,
+    a scalar tensor from 0 (collapse: one direction, or all h are 0) to 1 (spread over the sphere). SimSiam (Chen & He
+    2020, 2011.10566) plots its mean over the D dimensions, which is 1 / sqrt(D) of it if all vary equally."""
     h = F.normalize(h.detach().float(), dim=1)
     return (h.square().sum(dim=1).mean() - h.mean(dim=0).square().sum()).clamp(min=0).sqrt()
 
 
 def alignment(a, b):
-    """Mean squared distance of the unit features of two views, a and b (N, D), of the same images: a scalar tensor in
-    [0, 4], 0 where views do not matter (Wang & Isola 2020, 2005.10242, alpha 2)."""
+    """Mean squared distance between the normalised features a and b (N, D) of two views of the same images: a scalar
+    tensor in [0, 4], 0 if the features do not depend on the view (Wang & Isola 2020, 2005.10242, alpha 2)."""
     return (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(dim=1).mean()
 
 
 def uniformity(h):
-    """Log of the mean of e^(-2 d^2) over the pairs of different images, d the distance of their unit features, h
-    (N, D): a scalar tensor from 0 (one point) down to about -4 (all over the sphere) (Wang & Isola, t 2)."""
+    """Log of the mean of e^(-2 d^2) over pairs of different images, d the distance between their normalised features h
+    (N, D): a scalar tensor from 0 (one point) down to about -4 (spread over the sphere) (Wang & Isola, t = 2)."""
     h = F.normalize(h.float(), dim=1)
     norm2, different = h.square().sum(dim=1), ~torch.eye(len(h), dtype=torch.bool, device=h.device)
     d2 = (norm2[:, None] + norm2 - 2 * h @ h.T).clamp(min=0)[different]       # norm2: 1, but 0 of features that are 0
@@ -190,9 +189,9 @@ def uniformity(h):
 
 
 def rankme(h):
-    """The effective rank of features h (N, D), e to the entropy of their singular values: a scalar tensor in
-    [1, min(N, D)] (RankMe, Garrido et al. 2022, 2210.02885); NaN where a feature is not finite."""
-    if not h.isfinite().all():                                                # svdvals would raise, and end a training
+    """The effective rank of features h (N, D), e to the entropy of their normalised singular values: a scalar tensor in
+    [1, min(N, D)] (RankMe, Garrido et al. 2022, 2210.02885); NaN if a feature is not finite."""
+    if not h.isfinite().all():                                                # svdvals would raise an error
         return torch.tensor(torch.nan)
     values = torch.linalg.svdvals(h.float().cpu())
     p = values / values.sum().clamp(min=1e-12) + 1e-7
@@ -200,8 +199,8 @@ def rankme(h):
 
 
 def on_the_sphere(images, encoders, autocast, most=2000):
-    """{measure: {row: value}} of the four above, of each encoder but "pixels", on at most so many of the images. The
-    views are two corners of an image, each three quarters of its side: the same for all methods, and not random."""
+    """{measure: {row: value}}: the four measures above for each encoder except "pixels", on at most `most` images. The
+    two views are opposite corners of an image, of three quarters of its side: fixed, and the same for all methods."""
     index, size, result = images.random_indices(most), images.shape[-1], {}
 
     def corner(first, last):
@@ -219,10 +218,10 @@ MEASURES = {"linear": linear_probe, "knn": knn, "mlp": mlp}
 
 
 def evaluate(images, encoders, autocast=contextlib.nullcontext(), measures=("linear", "knn")):
-    """The measures (of `MEASURES`) of each encoder and of whitened pixels, on `data.Data` with labels.
+    """Evaluates each encoder and whitened pixels on `data.Data` with labels, by measures from `MEASURES`.
 
-    encoders: {row: Module}, see `features`. Returns {measure: {row: accuracy}} with the rows "pixels" and the
-    encoders', and {row: (labelled features, test features)}.
+    encoders: {row: Module}, see `features`. Returns {measure: {row: accuracy}} with the row "pixels" and a row for each
+    encoder, and {row: (labelled features, test features)}.
     """
     encoders = {"pixels": encoders.get("pixels") or WhitenedPixels(images.labelled)} | encoders
     x = {row: [features(encoder, part, autocast) for part in (images.labelled, images.test)]
@@ -232,7 +231,7 @@ def evaluate(images, encoders, autocast=contextlib.nullcontext(), measures=("lin
 
 
 def table(results, method):
-    """The text that a person reads, accuracies in percent. results: {measure: {row: value}}."""
+    """The results as a table to print, accuracies in percent. results: {measure: {row: value}}."""
     titles = {"knn": "kNN", "mlp": "MLP", "feature_std": "std", "alignment": "align", "uniformity": "uniform", "rankme":
               "RankMe", "pixels": "whitened pixels (PCA)", "untrained": "untrained encoder", "trained": method}
     lines = [f"{'':26}" + "".join(f"{titles.get(name, name):>8}" for name in results)]
@@ -245,8 +244,8 @@ def table(results, method):
 
 
 def counted(things, n, what):
-    """Yields the n things. Where that takes longer than ten seconds the first process prints how far it is, then and
-    each minute."""
+    """Yields the n things. If that takes longer than ten seconds, the first process prints the progress, then and every
+    minute."""
     start, first = time.perf_counter(), not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     line_at = start + 10
     for i, thing in enumerate(things):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pictures to look at: tiles of images, small ones enlarged so that their pixels can be seen, and curves."""
+"""Pictures: tiles of images, enlarged if they are small, and curves."""
 import math
 
 import torch
@@ -9,8 +9,8 @@ from torchvision.utils import make_grid, save_image
 
 
 def tiles(path, images, columns):
-    """Saves images (N, 3, S, S), uint8 or floats in [0, 1], as a PNG with `columns` to a row."""
-    images = images[:, :3]                                                    # of stacked images the first
+    """Saves images (N, 3, S, S), uint8 or floats in [0, 1], as a PNG with `columns` images per row."""
+    images = images[:, :3]                                                    # the first of stacked images
     images = images.cpu().float() / 255 if images.dtype == torch.uint8 else images.detach().cpu().float()
     if images.shape[-1] < 64:
         images = F.interpolate(images, scale_factor=-(-64 // images.shape[-1]), mode="nearest")
@@ -18,14 +18,14 @@ def tiles(path, images, columns):
 
 
 def rows(path, *images, columns=8):
-    """A row of each of the tensors (N, 3, S, S) in turn: views of the same images stand above one another."""
+    """Rows from each of the tensors (N, 3, S, S) in turn, so that views of the same image are in one column."""
     tiles(path, torch.cat([row for rows in zip(*(x.split(columns) for x in images)) for row in rows]), columns)
 
 
 def neighbours(path, queries, query_features, images, features, n=10, k=9):
-    """A row for each of n queries: the query, then the k nearest images by the cosine of their features.
+    """A row for each of n queries: the query, then the k images with the highest cosine similarity of features.
 
-    queries, images: `Images`, which may be the same, in which case an image is not its own neighbour.
+    queries, images: `Images`. They may be the same object, in which case an image is not its own neighbour.
     """
     which, k = queries.random_indices(n).to(features.device), min(k, len(images) - 1)
     similarity = F.normalize(query_features[which], dim=1) @ F.normalize(features, dim=1).T
@@ -37,10 +37,10 @@ def neighbours(path, queries, query_features, images, features, n=10, k=9):
 
 
 def plot(path, *panels, width=640, height=240, names=None):
-    """Saves curves as a PNG, one panel below the other over the same x axis.
+    """Saves curves as a PNG, one panel below the other with the same x axis.
 
-    panels: (title, points, levels): points [(x, y)] with x from 0 up, joined by a line; levels {name: y}, drawn across
-    as dashed lines. The y axis covers both. names: {x: text} below the axis, in place of epochs.
+    panels: (title, points, levels): points [(x, y)], x >= 0, joined by a line; levels {name: y}, dashed horizontal
+    lines. The y axis covers both. names: {x: text}, labels of the x axis in place of numbers.
     """
     image, font = Image.new("RGB", (width, height * len(panels)), "white"), ImageFont.load_default(13)
     draw, last = ImageDraw.Draw(image), max(1, *(x for _, points, _ in panels for x, _ in points))
@@ -48,7 +48,7 @@ def plot(path, *panels, width=640, height=240, names=None):
     for i, (title, points, levels) in enumerate(panels):
         top, bottom = i * height + 35, (i + 1) * height - (65 if names else 30)
         ys = [*levels.values(), *(y for _, y in points)]
-        scale = ticks(min(ys) if 2 * min(ys) > max(ys) else min(0, *ys), max(ys))             # from 0 if that is near
+        scale = ticks(min(ys) if 2 * min(ys) > max(ys) else min(0, *ys), max(ys))             # from 0 if it is close
 
         def down(y):
             return bottom - (bottom - top) * (y - scale[0]) / (scale[-1] - scale[0])
@@ -69,7 +69,7 @@ def plot(path, *panels, width=640, height=240, names=None):
         draw.line([at(*point) for point in points], "royalblue", 2)
         for x, y in (at(*point) for point in points):
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), "royalblue")
-        free = top - 24                                                       # beside the lines, none over another
+        free = top - 24                                                       # next to the lines, no overlap
         for y, text, colour in sorted(labels, reverse=True):
             free = max(down(y), free + 16)
             draw.text((right + 10, free), text, colour, font, "lm")
@@ -77,7 +77,7 @@ def plot(path, *panels, width=640, height=240, names=None):
 
 
 def ticks(low, high, least=0.0):
-    """Round numbers, about five of them and `least` or more apart, from below `low` to above `high`."""
+    """About five round numbers, at least `least` apart, from below `low` to above `high`."""
     span = high - low or abs(low) or 1.0
     step = 10.0 ** math.floor(math.log10(span / 5))
     step = max(least, next(k * step for k in (1, 2, 5, 10) if span <= 5.001 * k * step))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is on the terminal, in a log file and in curve.png while a script trains."""
+"""What a script prints, logs and plots while it trains."""
 import math
 import time
 
@@ -8,25 +8,25 @@ import torch
 from . import Refusal, pictures
 from .linear_probe import WhitenedPixels, feature_std, features, knn, rankme, uniformity
 
-COLLAPSED = 0.01  # a feature standard deviation below this is one point up to noise
+COLLAPSED = 0.01  # a feature standard deviation below this means a single point, up to noise
 FIRST_LINE, LATER_LINES = 10.0, 60.0  # seconds after the first step, and between lines
 LONG = 3 * 3600  # seconds of training beyond which --small is recommended
 SHARE = 0.05  # of the training time, at most, that the monitor takes
 
 
 class Progress:
-    """The epoch's means, and the lines that show how training goes on: one ten seconds after the first step, one about
-    each minute, and one at the end of each epoch. Values stay on the device for half a second and longer, so that the
-    loop does not wait for the device at each step."""
+    """The means over an epoch, and the lines that report progress: one ten seconds after the first step, one about
+    every minute, and one at the end of each epoch. Values stay on the device for at least half a second, so that the
+    loop does not wait for the device in every step."""
 
     def __init__(self, run, epochs, steps, batch_size, metrics):
-        """steps: of an epoch. metrics: {name: note} of what `update` is given; a note is "" or ends in the value that
-        is reached by chance."""
+        """steps: per epoch. metrics: {name: note} for the values passed to `update`; a note is "" or ends in the chance
+        level."""
         self.run, self.epochs, self.steps, self.images = run, epochs, steps, steps * batch_size
         self.metrics, self.monitor = metrics | {"feature_std": ""}, None
         self.pending, self.sums, self.seconds, self.last = [], [0.0] * len(self.metrics), 0.0, None
-        self.read_at = self.line_at = self.first_at = None                    # set by the first step
-        self.done, self.said, self.trained = 0, False, 0.0                    # steps after the first; a line; seconds
+        self.read_at = self.line_at = self.first_at = None                    # set in the first step
+        self.done, self.said, self.trained = 0, False, 0.0                    # steps after the first; hint; seconds
 
     def state_dict(self):
         self.read()
@@ -36,13 +36,13 @@ class Progress:
         self.sums, self.seconds = state["sums"], state["seconds"]
 
     def now(self):
-        """The clock of training, which stands still while the monitor works."""
+        """The time in seconds, without the time that the monitor has taken."""
         return time.perf_counter() - (self.monitor.seconds if self.monitor else 0.0)
 
     def update(self, epoch, step, h, **values):
-        """After a step: h (N, D), the features of its batch, and a scalar tensor for each of the metrics.
+        """To be called after each step, with h (N, D), the features of its batch, and a scalar tensor for each metric.
 
-        After Ctrl-C or SIGTERM it saves a checkpoint and exits. Raises Refusal where a value is not finite (`read`).
+        After Ctrl-C or SIGTERM it saves a checkpoint and exits. Raises Refusal if a value is not finite (`read`).
         """
         self.at, values = (epoch, step), {**values, "feature_std": feature_std(h)}
         self.pending.append(torch.stack([values[name].detach().float() for name in self.metrics]))
@@ -50,7 +50,7 @@ class Progress:
             self.read_at = self.run.since
             self.read()
             self.first_at = self.read_at
-            # Where nothing is compiled or loaded in it, a slow first step is as slow as the next and said at once.
+            # Unless something is compiled or loaded in it, a slow first step is typical, and reported at once.
             like_others = self.run.device.type == "cpu" and not self.run.settings["compile"]
             self.line_at = FIRST_LINE + (self.run.since if like_others else self.first_at)
         else:
@@ -67,13 +67,13 @@ class Progress:
                              f"networks and batches, fewer epochs) it takes about one, for 50,000 images on two CPU "
                              f"cores.")
             self.said, self.line_at = True, now + LATER_LINES
-        elif now - self.read_at > 0.5 or step + 1 == self.steps:              # a loss that is not finite is seen soon
+        elif now - self.read_at > 0.5 or step + 1 == self.steps:              # so a bad loss is soon noticed
             self.read()
         if self.run.stop_requested():
             self.run.stop(epoch, step + 1)
 
     def read(self):
-        """Fetches the pending values. Raises Refusal where one is not finite, before any checkpoint takes it."""
+        """Fetches the pending values. Raises Refusal if one is not finite, before it can reach a checkpoint."""
         if not self.pending:
             return
         rows = torch.stack(self.pending).cpu().double().tolist()              # MPS has no float64
@@ -93,14 +93,14 @@ class Progress:
         return "  ".join(words + ["COLLAPSED: all images have one feature"] * (values[-1] < COLLAPSED))
 
     def pace(self):
-        """Images a second and the seconds to the end of training, by the steps that are read but the first, which also
-        compiles and allocates."""
+        """Images per second and the seconds to the end of training, estimated from all steps that have been read except
+        the first, which also compiles and allocates."""
         seconds = (self.read_at - self.first_at) / self.done if self.done else self.first_at - self.run.since
         epoch, step = self.at
         return self.images / self.steps / seconds, ((self.epochs - epoch) * self.steps - step - 1) * seconds
 
     def end_epoch(self, epoch, **more):
-        """Prints the epoch's means, logs them with whatever more there is, draws curve.png and saves a checkpoint."""
+        """Prints the means of the epoch, logs them and the values in `more`, draws curve.png and saves a checkpoint."""
         means, words = [s / self.steps for s in self.sums], ""
         self.trained += self.seconds
         if self.monitor and (epoch + 1 == self.epochs or self.monitor.due(epoch + 1, self.trained)):
@@ -115,7 +115,7 @@ class Progress:
         self.run.save(epoch + 1, 0)
 
     def draw(self, path):
-        """Each loss with its value by chance, and kNN with its floors, over the epochs in the log."""
+        """Plots each loss with its chance level, and kNN with its baselines, over the epochs in the log."""
         def points(name, scale=1):
             return [(entry["epoch"], scale * entry[name]) for entry in self.run.history if name in entry]
         panels = [(f"{name} by epoch", points(name), {"chance": float(note.split()[-1])} if note else {})
@@ -128,24 +128,24 @@ class Progress:
 
 
 class Monitor:
-    """What the encoder is worth while it trains: kNN beside its two floors, on at most 10,000 labelled and 2,000 test
-    images, the same for all three (the table at the end has all images). No random number is drawn, so that a run's
-    weights are the same bit for bit as without it."""
+    """Evaluates the encoder during training: kNN accuracy and its two baselines, on at most 10,000 labelled and 2,000
+    test images (the table at the end uses all images). It draws no random numbers, so the weights of a run are bitwise
+    the same with and without it."""
 
     def __init__(self, images, encoders, autocast, every=None):
-        """images: `data.Data` with labels. encoders: {"untrained": Module, "trained": Module}; "pixels" is added when
-        they are fitted. every: epochs, or None: as often as the `SHARE` of the time allows."""
+        """images: `data.Data` with labels. encoders: {"untrained": Module, "trained": Module}; "pixels" is added once
+        it is fitted. every: number of epochs, or None: as often as the `SHARE` of the time allows."""
         self.parts = [(part, part.random_indices(most).sort().values)
                       for part, most in ((images.labelled, 10_000), (images.test, 2_000))]
         self.encoders, self.autocast, self.every, self.knn = encoders, autocast, every, {}    # {row: percent}
-        self.seconds, self.cost = 0.0, 0.0                                    # of all judgements; of an encoder's
+        self.seconds, self.cost = 0.0, 0.0                                    # in all; for one encoder
 
     def due(self, epoch, trained):
-        """Whether it is time to measure, after so many epochs and seconds of training."""
+        """Whether to evaluate now, after this number of epochs and seconds of training."""
         return epoch % self.every == 0 if self.every else self.seconds + self.cost <= SHARE * trained
 
     def judge(self):
-        """{"knn": accuracy, "uniformity": , "rankme": } of the encoder as it is now. The first time also the floors."""
+        """{"knn": accuracy, "uniformity": , "rankme": } of the current encoder. The first call adds the baselines."""
         start, rows = time.perf_counter(), ("trained",) if self.knn else ("pixels", "untrained", "trained")
         if not self.knn:
             self.encoders["pixels"] = WhitenedPixels(self.parts[0][0])
@@ -161,7 +161,7 @@ class Monitor:
 
 
 def clock(seconds):
-    """1:02:03 or 2:03."""
+    """Seconds as 1:02:03 or 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

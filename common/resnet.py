@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ResNet-18, -34 and -50 (He et al. 2015, 1512.03385) of any width, without their classifier, of torchvision's blocks.
+"""ResNet-18, -34 and -50 (He et al. 2015, 1512.03385) of any width and without a classifier, from torchvision's blocks.
 
 Parameter names are torchvision's, so `torchvision.models.resnet18().load_state_dict(ours, strict=False)` misses only
 `fc.*` when the stem is "imagenet" and the width 64.
@@ -12,8 +12,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 
 class Conv3x3(nn.Conv2d):
-    """3x3, padded by 1. A map of one pixel meets only the kernel's centre, which alone is then used: the values are the
-    same at a ninth of the work, and torch's bf16 gradient on the CPU is wrong for stride 2 there (2.11 to 2.15)."""
+    """3x3, padded by 1. A map of one pixel only meets the centre of the kernel, so only that is used: the same values
+    at a ninth of the work, and torch's bf16 gradient for stride 2 is wrong there on CPUs (2.11 to 2.15)."""
 
     def forward(self, x):
         if x.shape[2:] == (1, 1):
@@ -22,8 +22,8 @@ class Conv3x3(nn.Conv2d):
 
 
 class NarrowShortcut(nn.Conv2d):
-    """1x1 with stride 2, of fewer than 8 channels: by a stride of the pixels, with the same values. Where a CPU has no
-    more than AVX2, torch's own gradient writes beyond its memory (2.4 to 2.14, channels_last)."""
+    """1x1 with stride 2 for fewer than 8 channels, by slicing the pixels: the same values. On CPUs without AVX-512 the
+    gradient of torch's own strided version writes out of bounds (2.4 to 2.14, channels_last)."""
 
     def forward(self, x):
         return F.conv2d(x[:, :, ::2, ::2], self.weight)
@@ -32,10 +32,10 @@ class NarrowShortcut(nn.Conv2d):
 class ResNet(nn.Module):
     """(N, in_channels, H, W) floats to (N, feature_dim), the mean over the last map.
 
-    stem: "imagenet" is the 7x7 stride-2 convolution and max-pool; "cifar" a 3x3 convolution at full resolution, as the
-        methods use for images of about 32 px, where the other would throw 15/16 of the positions away at once.
-    width: channels of the first stage (64 in the paper); the later stages double it.
-    norm_layer: makes a normalisation from a number of channels.
+    stem: "imagenet" is the 7x7 stride-2 convolution with max-pool; "cifar" is a 3x3 convolution at full resolution, for
+        images of about 32 pixels, of which the other stem would discard 15/16 of the positions at once.
+    width: channels of the first stage (64 in the paper), doubled by each later stage.
+    norm_layer: makes a normalisation layer for a number of channels.
     """
 
     def __init__(self, block, layers, stem="cifar", width=64, in_channels=3, norm_layer=nn.BatchNorm2d):
@@ -72,7 +72,7 @@ class ResNet(nn.Module):
         return x.mean(dim=(2, 3))                                             # (N, feature_dim)
 
     def stages(self):
-        """The modules of the stem and of the four stages, first to last, as lists."""
+        """Lists of the modules of the stem and of the four stages, from first to last."""
         return [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A run's folder: settings, log, and a checkpoint that survives a kill at any moment."""
+"""The folder of a run: settings, log, results, and a checkpoint that survives a kill at any moment."""
 import contextlib
 import copy
 import itertools
@@ -22,18 +22,18 @@ from .progress import Monitor, Progress, clock
 
 
 class Run:
-    """The folder of one run. Only the first process of a multi-process run writes.
+    """The folder of one run. If there are several processes, only the first one writes.
 
-    Everything that has a state_dict and decides how training goes on is given to `track`.
+    Everything that has a state_dict and affects how training continues is passed to `track`.
     """
 
     def __init__(self, script, settings, device, rank=0, **facts):
-        """script: the path of the script, whose name is the method's. settings: plain values. facts: what follows from
-        them, printed beside them.
+        """script: the path of the script, whose name is that of the method. settings: plain values. facts: values that
+        follow from them, to be printed as well.
 
         The folder is settings["resume"], or a new one: settings["out"], or the next free runs/METHOD-DATASET-SEED[-2,
-        -3, ...]. It is made when training begins (`with run:`): until then an interruption leaves nothing behind.
-        Raises Refusal where settings["out"] is taken.
+        -3, ...]. It is created when training starts (`with run:`), so that no interruption before leaves one behind.
+        Raises Refusal if settings["out"] is taken.
         """
         self.method, self.settings, self.device, self.rank = Path(script).stem, settings, device, rank
         self.tracked, self.history, self.encoders, self.signal, self.since = {}, [], {}, None, time.perf_counter()
@@ -48,16 +48,15 @@ class Run:
             print(shown(text, kept="\n"), flush=True)
 
     def ready(self, what, text):
-        """A line of the start-up: what is ready, and the seconds since the line before, or since the run began."""
+        """Prints a line about the start-up: what is ready, and the seconds since the previous line or the start."""
         now = time.perf_counter()
         self.say(f"{what}: {text} ({now - self.since:.1f} s)")
         self.since = now
 
     def data(self, data_dir=None, store_size=None):
-        """(images, batches) by the settings of the run: `data.Data`, and the `data.Batches` that train. Also prints the
-        settings.
+        """(images, batches): the `data.Data` of the run, and the `data.Batches` to train on. Also prints the settings.
 
-        data_dir: in place of settings["data_dir"]. store_size: as in `data.load`.
+        data_dir: replaces settings["data_dir"]. store_size: as in `data.load`.
         """
         s = self.settings
         if s.get("store_size") and s["dataset"] != "folder":
@@ -74,8 +73,8 @@ class Run:
         return self.images, batches
 
     def wrap(self, model, sync_batch_norm=True, method=None):
-        """The model as it is trained: by `distributed.wrap`, and compiled where settings["compile"] says so, as a whole
-        or the method of this name alone."""
+        """The model as it is trained: wrapped by `distributed.wrap` and, with --compile, compiled, the whole of it or
+        only the method of this name."""
         net = distributed.wrap(model, self.device, sync_batch_norm)
         self.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
         if self.settings["compile"] and method:
@@ -86,12 +85,12 @@ class Run:
     # ---- files
 
     def make_folder(self):
-        """Makes a new run's folder with its args.json."""
+        """Creates the folder of a new run, with its args.json."""
         if self.rank > 0:
             return
         if self.settings["out"]:
             refuse_taken(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=self.folder.exists())    # another run may be as fast
+            self.folder.mkdir(parents=True, exist_ok=self.folder.exists())    # another run may have made it
         else:
             first = self.folder
             for number in itertools.count(2):
@@ -99,7 +98,7 @@ class Run:
                     self.folder.mkdir(parents=True)
                     break
                 self.folder = Path(f"{first}-{number}")
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)           # older torch has none
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)           # missing in older versions
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else \
             f"{self.device.type}, {capabilities().get('cpu_name', '')}, {os.cpu_count()} cores"
         self.write_json("args.json", {
@@ -116,11 +115,11 @@ class Run:
         self.write(name, lambda path: path.write_text(json.dumps(value, indent=1) + "\n"))
 
     def picture(self, name, *images):
-        """Writes a PNG with a row of each of the tensors (N, 3, S, S) in turn, `pictures.rows`."""
+        """Writes a PNG with rows from each of the tensors (N, 3, S, S) in turn (`pictures.rows`)."""
         self.write(name, lambda path: pictures.rows(path, *images))
 
     def log(self, **entry):
-        """Adds the line of a finished epoch to log.jsonl."""
+        """Appends the line of a finished epoch to log.jsonl."""
         self.history.append(entry)
         self.write("log.jsonl", lambda path: path.write_text("".join(json.dumps(e) + "\n" for e in self.history)))
 
@@ -130,17 +129,17 @@ class Run:
         self.tracked.update(objects)
 
     def progress(self, epochs, steps, batch_size, metrics):
-        """A `Progress` of this run, tracked."""
+        """A new `Progress` of this run, which is tracked."""
         self.track(progress=Progress(self, epochs, steps, batch_size, metrics))
         return self.tracked["progress"]
 
     def watch(self, autocast, encoders):
-        """Names the encoders to evaluate, during training and at its end. To be called after `progress` and, as the
-        "trained" ones are copied here as "untrained" ones, before `restore`.
+        """Sets the encoders to evaluate, during training and at its end. Must be called after `progress` and before
+        `restore`, because the "trained" encoders are copied here as the "untrained" ones.
 
-        autocast: a context. encoders: {row of the table: Module}, among them "trained", which encoder.pt keeps.
+        autocast: a context. encoders: {row of the table: Module}, among them "trained", which is saved in encoder.pt.
         """
-        if self.rank > 0:                                                     # the others wait for it in the next step
+        if self.rank > 0:                                                     # they wait for it in the next step
             return
         self.autocast, copies = autocast, copy.deepcopy(encoders)
         for row, encoder in encoders.items():
@@ -153,7 +152,7 @@ class Run:
             self.write("encoder.pt", lambda path: torch.save(self.encoders["trained"].state_dict(), path))
 
     def save(self, epoch, step):
-        """Writes checkpoint.pt, so that training goes on at `step` of `epoch`, and encoder.pt."""
+        """Writes checkpoint.pt, from which training continues at `step` of `epoch`, and encoder.pt."""
         state = {name: thing.state_dict() for name, thing in self.tracked.items()}
         state.update(method=self.method, epoch=epoch, step=step, history=self.history)
         self.write("checkpoint.pt", lambda path: torch.save(state, path))
@@ -163,27 +162,27 @@ class Run:
         return (self.folder / "checkpoint.pt").exists()
 
     def restore(self):
-        """Puts the checkpoint into what is tracked. Returns (epoch, step) to go on at: (0, 0) in a new run.
+        """Loads the checkpoint into the tracked objects. Returns the (epoch, step) to continue at: (0, 0) in a new run.
 
-        Raises Refusal where the checkpoint is damaged or has another form than this run would save (`alike`): one of
-        another model, or with values of other types or shapes, which would only be met in training.
+        Raises Refusal if the checkpoint is damaged or has another structure than this run would save (`alike`), such as
+        that of another model, which would otherwise only fail during training.
         """
-        if not self.resumed or not self.saved():                              # killed before its first epoch ended
+        if not self.resumed or not self.saved():                              # or killed in its first epoch
             return 0, 0
         path, optimizer = self.folder / "checkpoint.pt", self.tracked["optimizer"]
         try:
             state = read_tensors(path)
             for p in (p for group in optimizer.param_groups for p in group["params"]):
                 p.grad = torch.zeros_like(p)
-            optimizer.step()                                                  # makes its state, to compare with
+            optimizer.step()                                                  # creates its state, to compare with
             optimizer.zero_grad()
             for name, thing in self.tracked.items():
                 now = thing.state_dict()
                 if isinstance(thing, torch.amp.GradScaler) and not (now and state[name]):
-                    continue                                                  # {} of a run without fp16
+                    continue                                                  # {} in a run without fp16
                 if not alike(state[name], now):
                     raise ValueError(f"its {name} is of another kind")
-                thing.load_state_dict(copy.deepcopy(state[name]))             # the file's own pages stay the file's
+                thing.load_state_dict(copy.deepcopy(state[name]))             # not the pages mapped from the file
             epoch, step, history = state["epoch"], state["step"], list(state["history"])
             if not alike([epoch, step], [0, 0]) or min(epoch, step) < 0 or not \
                     0 <= sum(entry["seconds"] for entry in history) < math.inf or not json.dumps(history):
@@ -198,13 +197,13 @@ class Run:
     # ---- from the first step to the last
 
     def __enter__(self):
-        """From here on Ctrl-C and SIGTERM only make `stop_requested` true; a second one ends the program at once.
-        Raises Refusal where another process trains this run."""
+        """From here on Ctrl-C and SIGTERM only set `stop_requested`; a second one ends the program at once. Raises
+        Refusal if another process is training this run."""
         if not self.resumed:
             self.make_folder()
         self.lock = lock(self.folder / "args.json") if self.rank == 0 else None
         self.say(f"run folder: {self.folder}")
-        self.since = time.perf_counter()                                      # of the first step's start
+        self.since = time.perf_counter()                                      # start of the first step
 
         def handler(number, frame):
             self.signal = number
@@ -218,10 +217,10 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.lock:
-            self.lock.close()                                                 # before Windows shall remove it
+            self.lock.close()                                                 # Windows removes no open file
         failed = error and issubclass(error, (Exception, KeyboardInterrupt))
         if failed and self.rank == 0 and not self.resumed and not self.saved() and not self.history:
-            (self.folder / "args.json").unlink(missing_ok=True)               # a new run that came to nothing
+            (self.folder / "args.json").unlink(missing_ok=True)               # a new run without any result
             self.folder.rmdir()
         if not failed:
             distributed.end()
@@ -230,21 +229,21 @@ class Run:
         return distributed.any_process(self.signal is not None)
 
     def stop(self, epoch, step):
-        """Saves, says how to go on and exits with 130 (Ctrl-C) or 143 (SIGTERM)."""
+        """Saves, prints how to continue, and exits with status 130 (Ctrl-C) or 143 (SIGTERM)."""
         self.save(epoch, step)
         self.say(f"\nstopped and saved at step {step} of epoch {epoch + 1}; go on with --resume {self.folder}")
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def finish(self, measures=("linear", "knn"), **more):
-        """Evaluates the encoders (`linear_probe.evaluate`), prints the table, and writes result.json and
-        neighbours.png. Returns the results; in all but the first process it does nothing and returns {}.
+        """Evaluates the encoders (`linear_probe.evaluate`), prints the table, writes result.json and neighbours.png,
+        and returns the results. All processes but the first do nothing and return {}.
 
-        measures: of `linear_probe.MEASURES`. more: further results.
+        measures: keys of `linear_probe.MEASURES`. more: further results.
         """
         if self.rank > 0:
             return {}
         memory, queries, candidates = peak_memory(self.device), self.images.test, self.images.labelled
-        self.save_encoder()                                                   # an older run may lack it
+        self.save_encoder()                                                   # it may be missing in older runs
         if candidates:
             found, features = linear_probe.evaluate(self.images, self.encoders, self.autocast, measures)
             h, query_h = features["trained"]
@@ -264,29 +263,29 @@ class Run:
 
 
 def write_file(path, write):
-    """Calls write(part) for a file beside `path`, then renames it to `path`: a kill leaves the old file or the new."""
+    """Calls write(part) for a file next to `path`, then renames it to `path`: a kill leaves the old file or the new."""
     part = path.with_name(f".{path.name}.part")
     try:
         write(part)
         with open(part, "rb+") as file:
-            os.fsync(file.fileno())                                           # against a power cut
+            os.fsync(file.fileno())                                           # survives a power cut
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = error.filename or str(path)                      # that of a full disk has none
+            error.filename = error.filename or str(path)                      # a full disk's error has none
         raise
     os.replace(part, path)
 
 
 def read_tensors(path):
-    """The dict that torch.save wrote to the file `path`, its tensors on the CPU and mapped from the file: they take
-    memory only as they are read. No code in it is run. Raises all sorts of errors where the file is damaged."""
+    """The dict that torch.save wrote to the file `path`, with tensors on the CPU, memory-mapped from the file. No code
+    in it is run. Raises various errors if the file is damaged."""
     if not path.is_file():                                                    # reading a pipe would wait for ever
         raise FileNotFoundError(f"{path} is no file")
     with zipfile.ZipFile(path) as parts:
         if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
             raise ValueError("it would unpack to more than it is")
-        if bad := parts.testzip():                                            # torch.load tests no checksum
+        if bad := parts.testzip():                                            # torch.load checks no checksum
             raise ValueError(f"{bad} in it is damaged")
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(state, dict):
@@ -295,8 +294,8 @@ def read_tensors(path):
 
 
 def alike(a, b):
-    """Whether a has the form of b: the types, keys, lengths, and shapes and dtypes of tensors; and finite numbers.
-    Numbered keys may be missing: an optimizer keeps nothing for a parameter that had no gradient."""
+    """Whether a has the structure of b: types, keys, lengths, and the shapes and dtypes of tensors; and finite numbers.
+    Integer keys may be missing: an optimizer has no state for a parameter without a gradient."""
     if torch.is_tensor(b):
         return torch.is_tensor(a) and (a.shape, a.dtype) == (b.shape, b.dtype)
     if isinstance(b, dict):
@@ -308,7 +307,7 @@ def alike(a, b):
 
 
 def refuse_taken(folder):
-    """Raises Refusal where a new run cannot have the folder that --out names."""
+    """Raises Refusal if the folder named by --out cannot be used for a new run."""
     if (folder / "args.json").exists():
         raise Refusal(f"--out {folder} holds a run already: go on with --resume {folder}, or name another folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -316,8 +315,8 @@ def refuse_taken(folder):
 
 
 def lock(path):
-    """The file, open, and locked until it is closed or this process ends, however it ends. Raises Refusal where another
-    process has locked it."""
+    """Opens the file and locks it until it is closed or this process ends in any way. Raises Refusal if another process
+    has locked it."""
     file = open(path)
     try:
         import fcntl
@@ -331,7 +330,7 @@ def lock(path):
 
 
 def peak_memory(device):
-    """Peak memory in bytes, on CUDA that of the device's tensors, else of the process; None where it is not known."""
+    """Peak memory in bytes, on CUDA of the tensors on the device, else of the process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -342,7 +341,7 @@ def peak_memory(device):
 
 
 def cosine(step, steps, warmup=0.0):
-    """Factor of the peak learning rate: linear over the share `warmup` of the steps, then half a cosine down to 0."""
+    """Factor of the peak learning rate: linear warm-up over the fraction `warmup` of the steps, then a cosine to 0."""
     warmup = warmup * steps
     if step < warmup:
         return min(1.0, (step + 1) / warmup)

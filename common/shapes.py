@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""`shapes`: coloured images drawn from a seed, so that every script has something to train on without a download, and
-`patterns`, drawn in the same way from other figures, as out-of-distribution images.
+"""`shapes`: coloured images generated from a seed, so that every script can train without a download, and `patterns`,
+generated in the same way from other figures, as out-of-distribution images.
 
-Ten classes of light shape on a dark ground, of varying colour, size, place, rotation, lighting and noise, all drawn
-independently of the class: neither colour nor any single pixel gives it away. Only operations that IEEE 754 defines
-exactly are used (no sines, no normal deviates), so the bytes are the same on every machine.
+Ten classes of light shapes on a dark ground, with random colour, size, position, rotation, lighting and noise, all
+independent of the class, so that neither the colour nor any single pixel gives it away. All operations are defined
+exactly by IEEE 754 (no sines, no normal deviates), so the images are bitwise the same on every machine.
 """
 import numpy as np
 
@@ -22,7 +22,7 @@ def triangle(u, v):
     return np.maximum(np.maximum(v, side * u - 0.5 * v), -side * u - 0.5 * v) - 0.48
 
 
-# Signed distance (negative inside, about exact near the edge) of points (u, v) from a shape of radius about 1.
+# Signed distance (negative inside, nearly exact at the edge) of points (u, v) from a shape with a radius of about 1.
 DISTANCE = {
     "bar": lambda u, v: box(u, v, 1.0, 0.25),
     "corner": lambda u, v: np.minimum(box(u, v, 0.27, 0.85, -0.5, 0.0), box(u, v, 0.78, 0.27, 0.0, 0.58)),
@@ -46,7 +46,7 @@ def distance(shape, u, v):
 
 
 def draw(n, image_size, seed, classes=CLASSES):
-    """Draws n images, as many or one more of each class, in random order.
+    """Draws n images in random order, with equally many of each class, give or take one.
 
     image_size: side in pixels, at least 8. classes: CLASSES, or PATTERNS, which fill the image.
     Returns (n, 3, image_size, image_size) uint8 and (n,) int64 labels, indices into classes.
@@ -54,7 +54,7 @@ def draw(n, image_size, seed, classes=CLASSES):
     rng = np.random.Generator(np.random.PCG64(seed))
     labels = np.arange(n)[np.argsort(rng.random(n), kind="stable")] % len(classes)
     images = np.empty((n, 3, image_size, image_size), np.uint8)
-    noise = 0.3 * min(1, image_size / 32)                                     # of a 32 x 32 image shrunk to this size
+    noise = 0.3 * min(1, image_size / 32)                                     # as of a 32 x 32 image shrunk to this
     pixel = (np.arange(image_size) + 0.5) / image_size * 2 - 1                # centres, in [-1, 1]
     for i, label in enumerate(labels):
         ground = 0.1 + 0.25 * rng.random() + 0.2 * (rng.random(3) - 0.5)      # a dark colour

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Axial transformer blocks (Ho et al. 2019, 1912.12180): attention within the rows, or the columns, of a grid.
 
-A grid x is (N, H, W, C). Blocks are pre-norm. A causal block can also run one position at a time (`step`), with the
-keys and values of the positions before it in a cache.
+A grid x is (N, H, W, C). Blocks are pre-norm. A causal block can also run one position at a time (`step`), with a
+cache of the keys and values of all previous positions.
 """
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,9 @@ class Attention(nn.Module):
 
 
 def explicit_attention(q, k, v, is_causal):
-    """scaled_dot_product_attention in matrix products, for the CPU, where its backward over short sequences is
-    slow, in bf16 most of all: tests/bench.py prints by how much. Softmax is as slow over rows that do not fill vectors
-    of 16 numbers, so these are filled up."""
+    """scaled_dot_product_attention written as matrix products, for the CPU, where its backward pass over short
+    sequences is slow, most of all in bf16: tests/bench.py prints by how much. Softmax is slow, too, over rows whose
+    length is no multiple of 16, so they are padded."""
     length = k.shape[2]
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)                      # (B, heads, L, L)
     scores = F.pad(scores, (0, -length % 16), value=float("-inf"))            # (B, heads, L, P), P a multiple of 16
@@ -45,10 +45,10 @@ def explicit_attention(q, k, v, is_causal):
 
 
 class Block(nn.Module):
-    """Attention along one axis of a grid, then an MLP, each with a layer norm before it and a shortcut around it.
+    """Attention along one axis of a grid, then an MLP, each with a layer norm in front of it and a shortcut around it.
 
-    axis: "row" attends within rows (over W), "column" within columns (over H). causal: a position sees itself and those
-    before it on its axis only.
+    axis: "row" attends within rows (over W), "column" within columns (over H). causal: a position only sees itself and
+    those before it on this axis.
     """
 
     def __init__(self, width, heads, axis, causal):
@@ -71,13 +71,13 @@ class Block(nn.Module):
         return weight.new_zeros(2, sequences, heads, length, weight.shape[0] // heads)
 
     def step(self, x, cache, t):
-        """The block at position t of each sequence: x (B, C), with `cache` from `new_cache`, to (B, C)."""
+        """Applies the block at position t of each sequence: x (B, C), with `cache` from `new_cache`, to (B, C)."""
         x = x + self.attention.step(self.norm1(x), cache, t)
         return x + self.mlp(self.norm2(x))
 
 
 def init_weights(module, depth):
-    """GPT-2's: normal of deviation 0.02, the layers that end a shortcut scaled by 1 / sqrt(2 depth); biases 0."""
+    """As in GPT-2: normal with deviation 0.02, the last layers of shortcuts scaled by 1 / sqrt(2 depth); biases 0."""
     for name, child in module.named_modules():
         if isinstance(child, (nn.Linear, nn.Embedding)):
             ends_shortcut = name.endswith(("attention.out", "mlp.2"))

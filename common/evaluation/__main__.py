@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command: judges a run, prints the tables and adds what is found to RUN/evaluation.json, by data set."""
+"""The command line: evaluates a run, prints tables and adds the results to RUN/evaluation.json, by data set."""
 import json
 import sys
 from pathlib import Path
@@ -14,29 +14,29 @@ from . import depth, features, few_labels, out_of_distribution, runs
 
 def arguments(argv):
     parser = cli.Parser(prog="python -m common.evaluation", description="Evaluates a run of any script. With "
-                        "--export, --map or --neighbours it only does these.")
+                        "--export, --map or --neighbours it does only that.")
     add, number = parser.add_argument, parser.number
     add("run", metavar="RUN", help="folder of a run")
-    add("--dataset", choices=NAMES, help="what to judge it on; by default the run's, or the images in --data-dir")
-    add("--data-dir", metavar="DIR", help="folder of downloads or of your images; by default the run's")
-    number("--labels", None, "(0, 1]", "probe with these shares of the labels, too, e.g. 0.01 0.1", nargs="+",
+    add("--dataset", choices=NAMES, help="data set to evaluate on (default: the run's, or the images in --data-dir)")
+    add("--data-dir", metavar="DIR", help="folder of downloads or of your images (default: that of the run)")
+    number("--labels", None, "(0, 1]", "also probe with these fractions of the labels, e.g. 0.01 0.1", nargs="+",
            metavar="SHARE", kind=float)
-    number("--draws", 5, "[1, inf)", "draws of labels for each share")
-    add("--finetune", action="store_true", help="fine-tune the encoder on the labels, beside the same from scratch")
-    number("--frozen-stages", [0], "[0, inf)", "how many of the first stages --finetune leaves as they are, or several "
-        "numbers to try in turn", nargs="+", metavar="N", kind=int)
-    number("--epochs", None, "[1, inf)", "passes of --finetune over the labelled images, twice as many from scratch "
-        "(default: 60 where a hundredth of the labels or less is used, else 30)", kind=int)
-    add("--ood", nargs="+", metavar="D", help="data sets, or folders of images, to tell from the run's own")
-    add("--blocks", action="store_true", help="a linear probe on each block of a generator, and a picture, blocks.png")
-    add("--export", metavar="FILE", help="write features, labels and file names to this .npz, for numpy.load")
-    add("--map", action="store_true", help="draw the test features in two dimensions (t-SNE), map.png")
-    add("--neighbours", nargs="+", metavar="IMAGE", help="your images beside the training images with the nearest "
-        "features, nearest.png; and their names")
+    number("--draws", 5, "[1, inf)", "random draws of labels for each fraction")
+    add("--finetune", action="store_true", help="fine-tune the encoder on the labels, and train the same from scratch")
+    number("--frozen-stages", [0], "[0, inf)", "number of first stages that --finetune keeps frozen, or several "
+        "numbers to compare", nargs="+", metavar="N", kind=int)
+    number("--epochs", None, "[1, inf)", "passes of --finetune over the labelled images; twice as many from scratch "
+        "(default: 60 with at most a hundredth of the labels, else 30)", kind=int)
+    add("--ood", nargs="+", metavar="D", help="data sets or folders of images to detect as out-of-distribution")
+    add("--blocks", action="store_true", help="linear probe of each block of a generator, plotted in blocks.png")
+    add("--export", metavar="FILE", help="write features, labels and file names to this .npz file, for numpy.load")
+    add("--map", action="store_true", help="plot the test features in two dimensions (t-SNE), in map.png")
+    add("--neighbours", nargs="+", metavar="IMAGE", help="find the training images whose features are closest to those "
+        "of your images: nearest.png, and their names")
     add("--device", default="auto", help="auto (CUDA, else MPS, else the CPU), cpu, mps, cuda or cuda:N")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision (default: the run's)")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision (default: that of the run)")
     number("--workers", cli.cores(), "[0, inf)", "processes that decode images")
-    number("--cache-gb", 8.0, "[0, inf)", "GB of decoded images kept on the device")
+    number("--cache-gb", 8.0, "[0, inf)", "GB of decoded images to keep on the device")
     args = parser.parse_args(sys.argv[1:] if argv is None else [str(a) for a in argv])
     if args.export or args.map or args.neighbours:
         parser.refuse_unused(args, ("labels", "finetune", "ood", "blocks"), "--export, --map and --neighbours")
@@ -48,7 +48,7 @@ def arguments(argv):
 
 
 def main(argv=None):
-    """Prints the tables and returns what RUN/evaluation.json has for the data set."""
+    """Prints the tables and returns what RUN/evaluation.json contains for the data set."""
     args = arguments(argv)
     device, folder = cli.pick_device(args.device), Path(args.run)
     settings, encoder = runs.load_encoder(args.run, device)
@@ -65,7 +65,7 @@ def main(argv=None):
         raise Refusal(f"{args.run} has views of its own (--views-dir): it can be judged on these alone")
     downloads = "data" if settings.dataset == "folder" else settings.data_dir
     place = args.data_dir or views or (settings.data_dir if name == settings.dataset else downloads)
-    suffix = "" if (name, place) == (settings.dataset, settings.data_dir) else f"-{name}"      # of the pictures
+    suffix = "" if (name, place) == (settings.dataset, settings.data_dir) else f"-{name}"      # of picture names
 
     def open_data(name, folder):
         return load(name, folder, settings.image_size, device, args.workers, args.cache_gb, settings.seed)

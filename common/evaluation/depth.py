@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where in a generator the features are: a linear probe on each of its blocks (iGPT, Chen et al. 2020, section 4.1)."""
+"""The features at each depth of a generator: linear probes of its blocks (iGPT, Chen et al. 2020, section 4.1)."""
 import torch
 from torch import nn
 
@@ -9,13 +9,13 @@ from ..transformer import Block
 
 
 def blocks_of(model):
-    """{name: module} of a model's embeddings and transformer blocks, by depth."""
+    """{name: module}: the embeddings and transformer blocks of a model, by depth."""
     return {f"{name}, {module.axis}" if isinstance(module, Block) else name: module
             for name, module in model.named_modules() if isinstance(module, (nn.Embedding, Block))}
 
 
 class Blocks(nn.Module):
-    """RGB (N, 3, S, S) in [0, 1] to the mean over the positions of each block's output, (N, blocks * C)."""
+    """RGB (N, 3, S, S) in [0, 1] to the output of each block, averaged over positions, (N, blocks * C)."""
 
     def __init__(self, model):
         super().__init__()
@@ -30,7 +30,7 @@ class Blocks(nn.Module):
 
 
 def probe(images, model, path, autocast):
-    """{block: accuracy} of linear probes, printed and drawn as the picture `path`."""
+    """{block: accuracy} of linear probes, which are also printed and plotted in the picture `path`."""
     blocks, names = Blocks(model), list(blocks_of(model))
     train_x, test_x = (linear_probe.features(blocks, part, autocast, batch_size=128).chunk(len(names), dim=1)
                        for part in (images.labelled, images.test))

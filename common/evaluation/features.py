@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a user takes from a run: its features in a file, a map of them, the neighbours of one's own images."""
+"""Using the features of a run: export to a file, a map, and the nearest neighbours of the user's own images."""
 import itertools
 import math
 import zipfile
@@ -17,17 +17,17 @@ from .generation import nearest
 
 
 def files(images):
-    """The paths of `Images` that are files, of aligned ones those of the first; else none."""
+    """The paths of `Images` that come from files (if aligned, of the first ones); otherwise an empty list."""
     source = getattr(images.source, "source", ())                             # of a Decoder
     items = [item[0] if isinstance(item, list) else item for item in source] if isinstance(source, list) else []
     return items if all(isinstance(item, str) for item in items) else []
 
 
 def export(path, images, encoder, autocast):
-    """Writes an .npz of PART_features float32 (N, D), PART_labels int64 (N,) and PART_files (N,), as far as there are
-    such, for the parts train, test and labelled (STL-10's labelled training images), and classes, their names.
+    """Writes an .npz file with PART_features float32 (N, D), PART_labels int64 (N,) and PART_files (N,), if available,
+    for the parts train, test and labelled (STL-10's labelled training images), and the names of the classes.
 
-    Features go to the disk batch by batch, so that memory does not bound N; the file is there when it is whole.
+    Features are written batch by batch, so that N is not limited by memory; the file appears once it is complete.
     """
     parts = {"train": images.centred, "test": images.test}
     if images.centred.labels is None:
@@ -43,7 +43,7 @@ def export(path, images, encoder, autocast):
         with zipfile.ZipFile(part, "a") as archive:
             for name, x in parts.items():
                 batches = linear_probe.encoded(encoder, x, autocast)
-                first = next(batches)                                         # which tells D
+                first = next(batches)                                         # to know D
                 shape = {"descr": "<f4", "fortran_order": False, "shape": (len(x), first.shape[1])}
                 with archive.open(f"{name}_features.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array_header_1_0(file, shape)
@@ -56,9 +56,9 @@ def export(path, images, encoder, autocast):
 
 
 def tsne(x, perplexity=30.0, steps=500):
-    """Positions (N, 2) of x (N, D) that keep neighbours near: t-SNE (van der Maaten & Hinton 2008), with all pairs, so
-    of a few thousand; from the first two principal components, so always the same. perplexity: about how many
-    neighbours count, cut to a third of N."""
+    """t-SNE (van der Maaten & Hinton 2008): positions (N, 2) of x (N, D) that keep neighbours together. Uses all pairs,
+    so N should be a few thousand at most; starts from the first two principal components, so the result is always the
+    same. perplexity: roughly the number of neighbours that count, at most a third of N."""
     n, gap = len(x), torch.cdist(x, x).square().fill_diagonal_(torch.inf)
     low, high, beta = gap.new_zeros(n, 1), gap.new_full((n, 1), torch.inf), gap.new_ones(n, 1)
     for _ in range(64):                                                       # bisection of each row's 1 / 2 sigma^2
@@ -80,7 +80,7 @@ def tsne(x, perplexity=30.0, steps=500):
 
 
 def draw_map(path, images, classes, encoder, autocast, n=2000, side=720):
-    """Saves a PNG (`runs.keep`): the `tsne` of the unit features of n images, coloured by class, with a legend."""
+    """Saves a PNG (`runs.keep`): `tsne` of the normalised features of n images, coloured by class, with a legend."""
     index = images.random_indices(n)
     part = Images(images.at(index), None, images.device, 0, True)
     y = tsne(F.normalize(linear_probe.features(encoder, part, autocast).cpu(), dim=1))
@@ -91,7 +91,7 @@ def draw_map(path, images, classes, encoder, autocast, n=2000, side=720):
     for (a, b), label in zip((4 * y).tolist(), labels):
         ImageDraw.Draw(points).ellipse((a - 11, b - 11, a + 11, b + 11), fill=colours[label])
     picture = Image.new("RGB", (side + 160 * -(-len(classes) // rows), side), "white")
-    picture.paste(points.resize((side, side), Image.Resampling.LANCZOS))      # whose edges are smooth
+    picture.paste(points.resize((side, side), Image.Resampling.LANCZOS))      # for smooth edges
     for i, (name, colour) in enumerate(zip(classes, colours)):
         a, b = side + 160 * (i // rows), 20 + 16 * (i % rows)
         ImageDraw.Draw(picture).ellipse((a, b + 2, a + 8, b + 10), fill=colour)
@@ -102,7 +102,7 @@ def draw_map(path, images, classes, encoder, autocast, n=2000, side=720):
 @torch.no_grad()
 def show_neighbours(path, own, images, encoder, autocast):
     """Saves a PNG (`runs.keep`) with a row for each of the files `own`: the image, then the training images with the
-    nearest unit features. Prints their names, too."""
+    closest normalised features, whose names are also printed."""
     train, names = images.centred, files(images.centred)
     given = Images(Decoder(own, train.shape[-1]), None, train.device, 0, True).pixels
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What an encoder is worth with few labels: frozen under a linear probe, or fine-tuned, all of it or its last stages,
-beside the same network trained from scratch."""
+"""Evaluation with few labels: a linear probe of the frozen encoder, or fine-tuning of all or of its last stages,
+compared with the same network trained from scratch."""
 import copy
 import statistics
 
@@ -14,7 +14,7 @@ BATCH_SIZE = 64  # of fine-tuning
 
 
 def balanced(labels, fraction, seed):
-    """Indices (n,), sorted, of `fraction` of each class of labels (N,), at least one of each, drawn from the seed."""
+    """Sorted indices (n,) of a random `fraction` of each class in labels (N,), at least one of each."""
     generator, labels = torch.Generator().manual_seed(seed), labels.cpu()
     drawn = []
     for label in labels.unique():
@@ -25,12 +25,12 @@ def balanced(labels, fraction, seed):
 
 
 def stages(module):
-    """Lists of modules and parameters by depth: module.stages(), or its children where it has none."""
+    """Lists of modules and parameters by depth: module.stages(), or the children if it has no stages."""
     return module.stages() if hasattr(module, "stages") else [[child] for child in module.children()]
 
 
 def freeze(module, n):
-    """No gradient for the first n `stages`. Returns their modules, which must stay in eval mode for batch norm."""
+    """Freezes the first n `stages`. Returns their modules, which must stay in eval mode because of batch norm."""
     parts = [part for stage in stages(module)[:n] for part in stage]
     for part in parts:
         part.requires_grad_(False)
@@ -38,10 +38,10 @@ def freeze(module, n):
 
 
 def finetune(module, images, index, test, frozen_stages, amp=None, steps=500, batch_size=BATCH_SIZE, lr=1e-3, seed=0):
-    """Test accuracy in [0, 1] of a linear classifier on the encoder, both trained on the images of `index`.
+    """Test accuracy in [0, 1] of the encoder with a linear classifier, both trained on the images in `index`.
 
-    module: an encoder, trained in place, but for its first stages. images, test: `Images` with labels. amp: the dtype
-    of autocast, or None. Flips and shifts by an eighth of the side; AdamW, the rate falling to 0 by a cosine.
+    module: an encoder, trained in place except for the frozen stages. images, test: `Images` with labels. amp: dtype of
+    autocast, or None. Augmented by flips and shifts by an eighth of the side; AdamW with a cosine schedule.
     """
     device, classes = images.device, int(torch.cat([images.labels, test.labels]).max()) + 1
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
@@ -74,8 +74,8 @@ def finetune(module, images, index, test, frozen_stages, amp=None, steps=500, ba
 
 
 def compare(title, rows, labels, shares, draws, score):
-    """{share: {row: mean and deviation of score(row, share, indices, seed) over the draws, "draws": the indices}}, and
-    prints it. All labels are one draw."""
+    """Prints and returns {share: {row: mean and deviation of score(row, share, indices, seed) over the draws, "draws":
+    the indices}}. With all labels there is one draw."""
     print(f"\n{title:34}{'images':>8}" + "".join(f"{row:>16}" for row in rows))
     results = {}
     for share in shares:
@@ -93,7 +93,7 @@ def compare(title, rows, labels, shares, draws, score):
 
 
 def probe(images, x, shares, draws):
-    """`compare` linear probes. x: {row: features of the labelled and of the test images}."""
+    """`compare` by linear probes. x: {row: features of the labelled images, features of the test images}."""
     y = images.labelled.labels
 
     def score(row, share, index, seed):
@@ -103,8 +103,8 @@ def probe(images, x, shares, draws):
 
 
 def compare_finetuning(images, encoder, untrained, shares, draws, frozen_stages, epochs, amp):
-    """{"share, n frozen": `compare` "finetuned" and, by the same recipe but for twice as long, from "scratch"} for each
-    n of the list frozen_stages."""
+    """{"share, n frozen": `compare` of "finetuned" and "scratch", trained by the same recipe but for twice as long} for
+    each n in frozen_stages."""
     weights = [sum(p.numel() for part in stage for p in ([part] if torch.is_tensor(part) else part.parameters()))
                for stage in stages(encoder)]
     passes = {str(share): epochs or (60 if share <= 0.01 else 30) for share in shares}

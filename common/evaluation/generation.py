@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""--sample RUN of a script with a generator: samples, completions, nearest training images, Frechet distance."""
+"""--sample RUN, of a script with a generator: samples, completions, nearest training images, Frechet distance."""
 import json
 import math
 from pathlib import Path
@@ -13,23 +13,23 @@ from . import runs
 
 
 def arguments(argv, script):
-    parser = cli.Parser(prog=Path(script).name, description="Trains nothing: draws from a run with its settings, and "
-                        "into its folder.")
+    parser = cli.Parser(prog=Path(script).name, description="Samples images from a trained run, with its settings, "
+                        "and saves them in its folder.")
     add, number = parser.add_argument, parser.number
-    add("--sample", metavar="RUN", required=True, help="folder of the run to draw from")
+    add("--sample", metavar="RUN", required=True, help="folder of the run to sample from")
     number("--temperature", 1.0, "[0.001, inf)", "divides the logits")
-    number("--top-k", None, "[1, inf)", "draws among the likeliest so many tokens, but for the first, which is drawn "
-        "as often as the images have it (default: all)", kind=int)
-    number("--samples", None, "[1, inf)", "images to draw; a picture has 500 at most (default: 64, with --frechet "
-        "500)", kind=int)
+    number("--top-k", None, "[1, inf)", "sample from the K most likely tokens only; the first pixel follows its "
+        "frequency in the training images (default: all tokens)", metavar="K", kind=int)
+    number("--samples", None, "[1, inf)", "number of images; the picture shows 500 at most (default: 64, with "
+        "--frechet 500)", kind=int)
     add("--complete", nargs="+", metavar="IMAGE", default=[],
-        help="your images, the lower half of each drawn anew, six times")
-    add("--frechet", metavar="RUN", help="Frechet distance of samples and test images in the features of this run, of "
-        "any script, beside that of two halves of the test images: of equally many, at most half of the test images")
-    number("--seed", None, "[0, 4294967295]", "of the draws (default: the run's)", kind=int)
-    add("--device", help="auto, cpu, mps, cuda or cuda:N (default: the run's)")
-    add("--data-dir", metavar="DIR", help="where the run's data set is (default: where it was)")
-    number("--workers", None, "[0, inf)", "processes that decode images (default: the run's)", kind=int)
+        help="complete your images: keep the upper half and sample the lower half, six times each")
+    add("--frechet", metavar="RUN", help="Frechet distance between samples and half of the test images, in the "
+        "features of this run of any script, compared with that between both halves; all sets have the same size")
+    number("--seed", None, "[0, 4294967295]", "random seed (default: that of the run)", kind=int)
+    add("--device", help="auto, cpu, mps, cuda or cuda:N (default: that of the run)")
+    add("--data-dir", metavar="DIR", help="folder of the run's data set (default: where it was)")
+    number("--workers", None, "[0, inf)", "processes that decode images (default: that of the run)", kind=int)
     number("--cache-gb", None, "[0, inf)", "GB of decoded images kept on the device (default: the run's)", kind=float)
     args = parser.parse_args(argv)
     settings = vars(runs.load_script(args.sample, Path(script).stem)[1])
@@ -41,7 +41,7 @@ def arguments(argv, script):
 
 @torch.no_grad()
 def main(argv, script):
-    """Writes pictures and distances into the run's folder, prints them, and returns the distances. Nothing is
+    """Writes pictures and distances into the folder of the run, prints and returns the distances. Nothing is
     overwritten; the same settings give the same files. script: the path of the script that made the run."""
     args, settings = arguments(argv, script)
     device, size = cli.pick_device(args.device), settings["image_size"]
@@ -52,12 +52,12 @@ def main(argv, script):
     given = args.complete and Images(Decoder(args.complete, size), None, device, 0, True).pixels
 
     def drawn(tokens, rows=0):
-        """Images (N, 3, S, S): the first rows those of the tokens (N, S, S), the rest drawn; 64 at once, for memory."""
+        """Images (N, 3, S, S) that continue the first rows of the tokens (N, S, S); 64 at once, to save memory."""
         generator, parts = torch.Generator(device).manual_seed(args.seed), tokens.split(64)
         return model.images(torch.cat([model.sample(len(part), args.temperature, args.top_k, part, rows, generator)
                                        for part in linear_probe.counted(parts, len(parts), "batches of images drawn")]))
 
-    def seen(x):                                                              # all that the model can show of images
+    def seen(x):                                                              # images as the model sees them
         return model.images(model.tokens(x.to(device)))
 
     def keep(name, suffix, write):
@@ -70,7 +70,7 @@ def main(argv, script):
     n = args.samples or (500 if judge else 64)
     x = drawn(torch.zeros(n, size, size, dtype=torch.int64, device=device))
     picture("samples", x[:500], max(8, math.isqrt(min(n, 500))))
-    if args.complete:                                                         # a row: image, upper half, 6 completions
+    if args.complete:                                                         # rows: image, upper half, 6 completions
         upper, tokens = seen(given), model.tokens(given)
         upper[:, :, size // 2 :] = 0.5
         rows = drawn(tokens.repeat_interleave(6, dim=0), size // 2).unflatten(0, (-1, 6))
@@ -92,8 +92,8 @@ def main(argv, script):
 def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians: means (D,), covariances (D, D), to a float >= 0.
 
-    In float64. tr (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2): no root of a matrix that is
-    not symmetric, nor, where C1 or C2 is singular, of rounding errors.
+    In float64. tr (C1 C2)^(1/2) is computed as the sum of the singular values of C1^(1/2) C2^(1/2), which avoids the
+    root of a non-symmetric matrix and, if C1 or C2 is singular, roots of rounding errors.
     """
     mean1, cov1, mean2, cov2 = (x.cpu().double() for x in (mean1, cov1, mean2, cov2))
     (v1, axes1), (v2, axes2) = map(torch.linalg.eigh, (cov1, cov2))
@@ -103,16 +103,16 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 
 def distance(x, y):
-    """frechet_distance of features x (N, D) and y (M, D) taken as Gaussian, N and M at least 2. It is too large on
-    average, the more so the fewer the images: only distances of equally many can be compared."""
+    """frechet_distance of Gaussians fitted to features x (N, D) and y (M, D), N and M at least 2. It is biased upwards,
+    the more the fewer the images, so that only distances for the same number of images can be compared."""
     x, y = x.cpu().double(), y.cpu().double()
     return frechet_distance(x.mean(dim=0), torch.atleast_2d(x.T.cov()), y.mean(dim=0), torch.atleast_2d(y.T.cov()))
 
 
 @torch.no_grad()
 def features(encoder, image_size, images, device, batch_size=256):
-    """What the encoder, on the device, makes of images (N, 3, S, S), uint8 or floats in [0, 1], resized to the side
-    image_size that it takes: (N, D)."""
+    """The features (N, D) of images (N, 3, S, S), uint8 or floats in [0, 1], resized to the encoder's side image_size.
+    The encoder is on the device."""
     found, parts = [], images.split(batch_size)
     for x in linear_probe.counted(parts, len(parts), "batches encoded"):
         x = x.to(device).float() / (255 if x.dtype == torch.uint8 else 1)
@@ -126,8 +126,8 @@ def frechet_distances(judge, samples, test, seen, device):
     """Frechet distances to a random half of the test images: {"images", "samples", "test", "seen"}.
 
     judge: (settings, encoder) of `runs.load_encoder`. samples: (N, 3, S, S). test: Images or None. seen(uint8 images):
-    all that the samples' model can show of them. "test" is the floor, the other half of the test images; "seen" is that
-    half as seen. "images": how many each set has, at most half of the test images: equally many, equally biased.
+    these as the samples' model sees them. "test" is the distance of the other half of the test images, a lower limit;
+    "seen" is that of the other half as seen. "images": the size of each set, the same for all so that the bias is, too.
     """
     n = min(len(samples), len(test or ()) // 2)
     if n < 2:
@@ -142,19 +142,19 @@ def frechet_distances(judge, samples, test, seen, device):
 
 
 def nearest(x, images, seen, k=7):
-    """The k training images nearest to each of x (N, 3, S, S) in [0, 1]: root mean square differences, of 255, and
-    indices, each (k, N), nearest first. images: Images, which are compared as seen(uint8 (B, 3, S, S)) in [0, 1]."""
+    """The k training images nearest to each of x (N, 3, S, S) in [0, 1]: root mean square differences, out of 255, and
+    indices, both (k, N), nearest first. images: Images, which are compared as seen(uint8 (B, 3, S, S)) in [0, 1]."""
     parts = torch.arange(len(images)).split(512)
     batches = linear_probe.counted(images.batches(parts), len(parts), "batches compared")
     gap = torch.cat([torch.cdist(seen(batch).flatten(1), x.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-                     for batch in batches]) * 255 / x[0].numel() ** 0.5       # (images, N); by mm 0 would not be 0
+                     for batch in batches]) * 255 / x[0].numel() ** 0.5       # (images, N); mm would not give exact 0
     return gap.topk(min(k, len(gap)), dim=0, largest=False)
 
 
 def neighbours(samples, images, seen, shown=16):
     """({"samples", "test": {"mean", "least"}}, rows): the differences (`nearest`) of samples (N, 3, S, S), and of as
-    many test images, from the nearest training image; and the first samples, each before the training images nearest
-    to it, (shown, 1 + k, 3, S, S). images: `data.Data`."""
+    many test images, from the nearest training image; and the first samples, each followed by its nearest training
+    images, (shown, 1 + k, 3, S, S). images: `data.Data`."""
     gap, index = nearest(samples, images.centred, seen)                       # (k, N)
     gaps = {"samples": gap[0]}
     if images.test:
@@ -166,7 +166,7 @@ def neighbours(samples, images, seen, shown=16):
 
 
 def table(result):
-    """The text that a person reads: of {"nearest": of `neighbours`}, and "frechet": of `frechet_distances`."""
+    """The results as a table to print: {"nearest": of `neighbours`}, and "frechet": of `frechet_distances`."""
     titles = {"samples": "samples", "test": "test images", "seen": "test images, as the model can show them"}
     lines = [f"{'nearest training image, RMS of 255':40}{'mean':>8}{'least':>8}"]
     lines += [f"{titles[name]:40}{x['mean']:8.1f}{x['least']:8.1f}" for name, x in result["nearest"].items()]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Out-of-distribution detection: how strange an image is, by its features or its likelihood, and how well that tells.
+"""Out-of-distribution detection by features or by likelihood: scores of images, and how well they separate data sets.
 
-Scores are higher for stranger images; the outside is the positive class, as in Hendrycks et al. 2018 (1812.04606).
+Scores are higher for stranger images; out-of-distribution images ("outside") are the positive class, as in Hendrycks et
+al. 2018 (1812.04606).
 """
 import io
 import math
@@ -12,32 +13,32 @@ from torchvision.transforms.functional import to_pil_image
 
 from .. import Refusal, linear_probe
 
-# ---- how well scores (N,) of inside and (M,) of outside images tell them apart; equal scores are one threshold
+# ---- how well scores (N,) of inside and (M,) of outside images separate them; equal scores are one threshold
 
 
 def flagged(inside, outside):
-    """The shares of inside and of outside images, each (T + 1,) float64, that score at least as high as a threshold,
-    which falls from above all scores to the lowest."""
+    """The fractions of inside and of outside images, each (T + 1,) float64, with a score of at least a threshold that
+    decreases from above all scores to the lowest."""
     thresholds = torch.cat([inside, outside]).double().unique().flip(0)
     return [F.pad((len(x) - torch.searchsorted(x.double().sort().values, thresholds)).double() / len(x), (1, 0))
             for x in (inside, outside)]
 
 
 def auroc(inside, outside):
-    """Area under the ROC curve: the share of pairs in which the outside image scores higher; equal ones count half."""
+    """Area under the ROC curve: the fraction of pairs in which the outside image scores higher; ties count half."""
     wrong, caught = flagged(inside, outside)
     return torch.trapezoid(caught, wrong).item()
 
 
 def aupr(inside, outside):
-    """Area under the precision-recall curve, as average precision: sum over thresholds of precision x recall gained."""
+    """Area under the precision-recall curve, as average precision: the sum of precision x increase in recall."""
     wrong, caught = flagged(inside, outside)
     precision = caught[1:] * len(outside) / (caught[1:] * len(outside) + wrong[1:] * len(inside))
     return (precision * caught.diff()).sum().item()
 
 
 def fpr(inside, outside, tpr=0.95):
-    """The least share of inside images that is flagged where at least `tpr` of the outside ones are."""
+    """The smallest fraction of inside images that is flagged when at least `tpr` of the outside ones are."""
     wrong, caught = flagged(inside, outside)
     return wrong[(caught >= tpr).int().argmax()].item()
 
@@ -46,16 +47,16 @@ def fpr(inside, outside, tpr=0.95):
 
 
 def uncertainty(logits):
-    """1 - the greatest probability, of a classifier's logits (M, classes). Hendrycks & Gimpel 2016 (1610.02136)."""
+    """1 - the largest class probability, from logits (M, classes). Hendrycks & Gimpel 2016 (1610.02136)."""
     return 1 - logits.cpu().double().softmax(dim=1).amax(dim=1)
 
 
 def mahalanobis(train_x, x, train_y=None):
     """Squared Mahalanobis distance of x (M, D) to the nearest class mean of train_x (N, D), by the covariance within
-    the classes train_y (N,); without labels to the mean of all, by the covariance of all. Lee et al. 2018 (1807.03888).
+    classes train_y (N,); without labels to the overall mean by the overall covariance. Lee et al. 2018 (1807.03888).
 
-    In float64, on the CPU. Directions in which train_x hardly varies (below 1e-6 of the mean variance) count as if it
-    varied so much: fewer images than dimensions have a singular covariance.
+    In float64, on the CPU. Variances below 1e-6 of the mean variance are raised to that, as the covariance is singular
+    if there are fewer images than dimensions.
     """
     train_x, x = train_x.cpu().double(), x.cpu().double()
     label = torch.zeros(len(train_x), dtype=torch.int64) if train_y is None else train_y.cpu()
@@ -68,7 +69,7 @@ def mahalanobis(train_x, x, train_y=None):
 
 
 def knn_distance(train_x, x, k=50):
-    """Euclidean distance of x / |x| (M, D) to the k-th nearest of train_x / |train_x| (N, D), k cut to N. Sun et al.
+    """Euclidean distance of x / |x| (M, D) to the k-th nearest of train_x / |train_x| (N, D), k at most N. Sun et al.
     2022 (2204.06507)."""
     train_x, x = F.normalize(train_x.float(), dim=1), F.normalize(x.float(), dim=1)
     k, parts = min(k, len(train_x)), x.split(1000)
@@ -78,8 +79,8 @@ def knn_distance(train_x, x, k=50):
 
 
 def complexity(images):
-    """Bits of each image uint8 (M, 3, H, W) as a PNG: (M,) float64. Serra et al. 2019 (1909.11480) take such a length
-    for the image's complexity, and -log2 p(x) less it for how strange the image is. Images as p's model sees them."""
+    """The size in bits of each image uint8 (M, 3, H, W) as a PNG: (M,) float64. Serra et al. 2019 (1909.11480) use this
+    as a measure of complexity, which they subtract from -log2 p(x). Pass the images as the model of p sees them."""
     def bits(image):
         to_pil_image(image).save(file := io.BytesIO(), "PNG", optimize=True)
         return 8 * file.tell()
@@ -88,7 +89,7 @@ def complexity(images):
 
 @torch.no_grad()
 def likelihoods(model, images, autocast):
-    """-log p of images (M,) in nats, and the bits of their complexity, as the model's tokens have them: (M,), (M,)."""
+    """-log p of the images in nats, and their complexity in bits, both through the model's tokens: (M,), (M,)."""
     nats, bits, parts = [], [], torch.arange(len(images)).split(128)
     for x in linear_probe.counted(images.batches(parts), len(parts), "batches of likelihoods"):
         tokens = model.tokens(x)
@@ -102,8 +103,8 @@ def likelihoods(model, images, autocast):
 
 
 def detect(images, labelled_x, encoder, outside, generator, autocast):
-    """{outside: {score: {"auroc", "aupr", "fpr95"}}} of the data set's own test images against each outside, printed.
-    Without test images the scores are fitted without a tenth of the training images, which stand for them.
+    """Prints and returns {outside: {score: {"auroc", "aupr", "fpr95"}}} of the test images against each outside data
+    set. Without test images, a tenth of the training images takes their place and is not used to fit the scores.
 
     labelled_x: features of the labelled and of the test images, or None without labels. generator: or None.
     """
@@ -126,7 +127,7 @@ def detect(images, labelled_x, encoder, outside, generator, autocast):
             found["Mahalanobis, of class means"] = mahalanobis(probe_x, x, y)
         found["Mahalanobis, no labels"] = mahalanobis(train_x, x)
         found["kNN distance, no labels"] = knn_distance(train_x, x).cpu()
-        if generator and images.test:                                         # of training images it would be too high
+        if generator and images.test:                                         # too high for training images
             nats, bits = likelihoods(generator, part, autocast)
             found["likelihood, no labels"] = nats
             found["likelihood less complexity"] = nats / math.log(2) - bits

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The encoder, and the generator, of a finished run, whichever script made it; and what is put into its folder."""
+"""Loads the encoder and the generator of a run, whichever script made it, and saves files in its folder."""
 import importlib.util
 import io
 import itertools
@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]  # of the scripts
 
 
 def load_script(folder, method=None):
-    """(module, settings) of the script that made the run in `folder`: METHOD.py beside common/, found by its path, as
-    what a run says of itself must never decide what is imported. method: the only one that will do, if any."""
+    """(module, settings) of the script that made the run in `folder`: METHOD.py next to common/. It is found by path,
+    since a run's own data must never decide what is imported. method: the only method that is accepted, if any."""
     method, _ = cli.read_settings(folder, method)
     path, package = ROOT / f"{method}.py", ".".join(__package__.split(".")[:-2])             # of common/, if it has one
     if not path.is_file():
@@ -29,13 +29,13 @@ def load_script(folder, method=None):
 
 def load_encoder(folder, device, trained=True):
     """(settings, module) of the run: RGB (N, 3, S, S) in [0, 1], S = settings.image_size, to features (N, D), in eval
-    mode. trained=False: as it was before training. The caller's random numbers stay as they are."""
+    mode. trained=False: in its state before training. The caller's random state does not change."""
     script, args = load_script(folder)
     state = weights(folder, "encoder.pt")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(args.seed)
         module = filled(script.build_encoder, args, state, f"{folder}/encoder.pt")
-        if not trained:                                                       # checked all the same
+        if not trained:                                                       # the file is checked anyway
             torch.default_generator.manual_seed(args.seed)
             module = script.build_encoder(args)
             if hasattr(module, "keep_data"):
@@ -44,7 +44,7 @@ def load_encoder(folder, device, trained=True):
 
 
 def load_generator(folder, device, method=None, needed=True):
-    """The run's generator as last saved, in eval mode. Where there is none Refusal, or None if it is not needed."""
+    """The run's generator as last saved, in eval mode. If there is none: Refusal, or None if it is not needed."""
     script, args = load_script(folder, method)
     try:
         if not hasattr(script, "build_generator"):
@@ -60,7 +60,7 @@ def load_generator(folder, device, method=None, needed=True):
 
 
 def weights(folder, name):
-    """The weights in encoder.pt or checkpoint.pt (`name`) of the run's folder, on the CPU. Raises Refusal where they
+    """The weights in encoder.pt or checkpoint.pt (`name`) in the folder of the run, on the CPU. Raises Refusal if they
     are missing or damaged."""
     path = Path(folder) / name
     try:
@@ -74,15 +74,15 @@ def weights(folder, name):
 
 
 def filled(build, args, state, path):
-    """The module build(args) with the weights `state`, read from `path`. Raises Refusal where they are not of such a
-    module; whether they are is seen on the meta device, where an enormous one takes no memory."""
+    """The module build(args) with the weights `state`, read from `path`. Raises Refusal if they do not belong to such a
+    module, which is first tried on the meta device, where even an enormous module takes no memory."""
     try:
         with torch.device("meta"):
             build(args).load_state_dict(state, assign=True)
         (module := build(args)).load_state_dict(state)
         if not all(value.isfinite().all() for value in module.state_dict().values()):
             raise ValueError("values that are not finite")
-    except Exception as error:                                                # of other layers; not weights at all
+    except Exception as error:                                                # other layers, or no weights
         reason = str(error).strip().split("\n")[-1].strip()[:200] or type(error).__name__
         raise Refusal(f"{path} is not of that run's model ({reason}): it was made by another run or another version of "
                       f"the script") from None
@@ -90,8 +90,8 @@ def filled(build, args, state, path):
 
 
 def keep(path, write):
-    """Saves what write(file) writes as `path` or, where that file has other bytes, as the first of NAME-2, NAME-3, ...
-    that is free or has these already. Prints which file it is."""
+    """Saves what write(file) writes as `path` or, if that exists with other contents, as the first of NAME-2, NAME-3,
+    ... that is free or has these contents already. Prints the name of the file."""
     write(file := io.BytesIO())
     for number in itertools.count(1):
         free = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
