@@ -256,7 +256,7 @@ def arguments(argv):
     if args.views_dir:
         parser.refuse_unused(args, ("views",), "--views-dir")
         if args.dataset != "folder":
-            raise Refusal(f"--views-dir is a data set of its own: leave --dataset {args.dataset} out")
+            raise Refusal(f"--views-dir is a data set of its own: leave out --dataset {args.dataset}")
         if len(args.views_dir) == 1:
             raise Refusal("--views-dir needs at least two folders")
         if args.jitter:

@@ -349,7 +349,7 @@ def arguments(argv):
         if args.image_size < 32 or args.image_size.bit_count() > 1:
             raise Refusal(f"--objective multiscale takes an --image-size of 32, 64, 128 ..., not {args.image_size}")
         if set(args.tasks) == {"5-5"}:
-            raise Refusal("--tasks 5-5 leaves the global vector, which is kept, as it began: add 1-5 or 1-7")
+            raise Refusal("--tasks 5-5 leaves the global vector, which is kept, untrained: add 1-5 or 1-7")
     elif args.alpha == args.beta == 0:
         raise Refusal("--alpha 0 with --beta 0 leaves no objective: give one of them a weight")
     return args

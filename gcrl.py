@@ -239,7 +239,7 @@ def build_encoder(args, kind=Encoder):
 def build_generator(args):
     """The whole untrained model. Raises Refusal if a run with the settings args does not train the decoder."""
     if args.alpha == 0:
-        raise Refusal("that run has --alpha 0, so its decoder was not trained to draw")
+        raise Refusal("that run has --alpha 0, so its decoder is not trained")
     return build_encoder(args, GCRL)
 
 

@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         """Raises Refusal if one of the settings `names`, which `choice` ("--flag value") ignores, was changed."""
         for name in names:
             if getattr(args, name) != self.get_default(name):
-                raise Refusal(f"--{name.replace('_', '-')} means nothing to {choice}: leave it out")
+                raise Refusal(f"--{name.replace('_', '-')} has no effect with {choice}: leave it out")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -120,7 +120,7 @@ class RunParser(Parser):
             sys.exit(0)
         settings.pop("help")
         if "data_dir" in given and "resume" not in given and (settings | given)["dataset"] in ("shapes", "patterns"):
-            raise Refusal("--data-dir means nothing to images that are drawn: add --dataset folder, or leave it out")
+            raise Refusal("--data-dir has no effect on generated images: add --dataset folder, or leave it out")
         if given.get("small") and (settings | given)["dataset"] == "shapes":
             raise Refusal("--small is for real images: --dataset shapes takes two minutes without it, leave it out")
         return argparse.Namespace(**settings | given)
@@ -209,7 +209,7 @@ def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
         return main()
     except KeyboardInterrupt as stop:
         status = 128 + (stop.args or [signal.SIGINT])[0]
-        sentence = "interrupted: what was saved is kept, and --resume RUN goes on with a run"
+        sentence = "interrupted: what was saved is kept, and --resume RUN continues a run"
     except Exception as error:
         status, sentence = 2, way_out(error, free, memory)
         if sentence is None:

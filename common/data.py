@@ -79,7 +79,7 @@ class Data(NamedTuple):
         parts = ((self.train, "training images"),
                  (None if self.labelled is self.centred else self.labelled, "labelled ones"),
                  (self.test, f"test images of {len(self.classes)} classes"))
-        kept = "decoded as they are needed" if self.train.pixels is None else f"in the memory of {self.train.device}"
+        kept = "decoded when needed" if self.train.pixels is None else f"in the memory of {self.train.device}"
         counts = [f"{len(images):,} {what}" for images, what in parts if images]
         return ", ".join([*counts, "{1} x {2}".format(*self.train.shape), kept])
 
@@ -190,8 +190,8 @@ def stream(source, workers, index_batches=None, pin_memory=False):
         elif not broken:
             yield batch
     if broken:
-        raise Refusal(f"{broken[0]}: mend it or leave it out" if len(broken) == 1 else
-                      f"{broken[0]}, nor can {len(broken) - 1:,} more: mend them or leave them out")
+        raise Refusal(f"{broken[0]}: repair or remove it" if len(broken) == 1 else
+                      f"{broken[0]}, nor can {len(broken) - 1:,} more: repair or remove them")
 
 
 def stack(images):
@@ -274,7 +274,7 @@ def folder(root):
     classes, others = ({name for name, _ in part} for part in pairs)
     for odd in sorted(classes ^ others):
         raise Refusal(f"{(test if odd in classes else train) / odd} holds no images, so class {odd!r} is not in both "
-                      f"{train} and {test}: fill it or take the class out")
+                      f"{train} and {test}: fill it or remove the class")
     return [None, *(([file for _, file in part], np.unique([name for name, _ in part], return_inverse=True)[1])
                     for part in pairs)], sorted(classes), ""
 
@@ -289,10 +289,10 @@ def aligned(roots):
         for file in (file for part in parts if part for file in part[0]):
             name = os.path.splitext(os.path.relpath(file, root))[0]
             if file != files.setdefault(name, file):
-                raise Refusal(f"{files[name]} and {file} have one name but for the suffix: take one of them out")
+                raise Refusal(f"{files[name]} and {file} have the same name except for the suffix: remove one of them")
         for odd in sorted(named[0].keys() ^ files.keys()):
             has, lacks = (roots[0], root) if odd in named[0] else (root, roots[0])
-            raise Refusal(f"{has} has an image {odd!r} and {lacks} has none: the folders need images of the same names")
+            raise Refusal(f"{has} has an image {odd!r} and {lacks} has none: the folders need the same names")
     rows = {file: [files[name] for files in named] for name, file in named[0].items()}
     parts, *more = found[0]
     return [part and ([rows[file] for file in part[0]], part[1]) for part in parts], *more

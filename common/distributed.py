@@ -19,7 +19,7 @@ def start(device):
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type != "cpu" and device != torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))):
             raise Refusal(f"--device {device}: each process of torchrun has a GPU of its own, or all share the CPU: "
-                          f"say --device cuda or --device cpu, or leave torchrun out")
+                          f"use --device cuda or --device cpu, or leave torchrun out")
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

@@ -76,7 +76,7 @@ class Run:
         """The model as it is trained: wrapped by `distributed.wrap` and, with --compile, compiled, the whole of it or
         only the method of this name."""
         net = distributed.wrap(model, self.device, sync_batch_norm)
-        self.ready("model", f"{sum(p.numel() for p in model.parameters()):,} weights")
+        self.ready("model", f"{sum(p.numel() for p in model.parameters()):,} parameters")
         if self.settings["compile"] and method:
             setattr(model, method, torch.compile(getattr(model, method)))
             return net
@@ -189,7 +189,7 @@ class Run:
                 raise ValueError("it names no place in training")
         except Exception as error:                                            # zip, pickle, key and shape errors
             reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
-            raise Refusal(f"{path} is not a whole checkpoint of this run ({reason}): put a good one in its place or "
+            raise Refusal(f"{path} is not a valid checkpoint of this run ({reason}): replace it by a good one or "
                           f"start a new run") from None
         self.history = history
         return epoch, step
@@ -209,7 +209,7 @@ class Run:
             self.signal = number
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self.handlers[number])
-            self.say("\nstopping after this step (a second time: at once, without saving)")
+            self.say("\nstopping after this step (once more: at once, without saving)")
         self.handlers = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -231,7 +231,7 @@ class Run:
     def stop(self, epoch, step):
         """Saves, prints how to continue, and exits with status 130 (Ctrl-C) or 143 (SIGTERM)."""
         self.save(epoch, step)
-        self.say(f"\nstopped and saved at step {step} of epoch {epoch + 1}; go on with --resume {self.folder}")
+        self.say(f"\nstopped and saved at step {step} of epoch {epoch + 1}; continue with --resume {self.folder}")
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def finish(self, measures=("linear", "knn"), **more):
@@ -309,7 +309,7 @@ def alike(a, b):
 def refuse_taken(folder):
     """Raises Refusal if the folder named by --out cannot be used for a new run."""
     if (folder / "args.json").exists():
-        raise Refusal(f"--out {folder} holds a run already: go on with --resume {folder}, or name another folder")
+        raise Refusal(f"--out {folder} already holds a run: continue it with --resume {folder}, or name another folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Refusal(f"--out {folder} exists and is not an empty folder: name another")
 

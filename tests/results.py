@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The README's tables of results and of claims, measured:
+"""Measures the README's tables of results and of claims:
 
     python tests/results.py --budget small [--seeds 3] [--jobs 2]   # every method, by each script's own recipe
-    python tests/results.py --claims [NAME ...] --data-dir DIR      # small experiments behind the papers' sentences
+    python tests/results.py --claims [NAME ...] --data-dir DIR      # small experiments behind claims of the papers
     python tests/results.py --pictures SIMCLR_RUN GCRL_RUN          # the picture at the top of the README, of two runs
 
-Trains and evaluates every row, one after the other or --jobs at a time, in --out. What is there is not done again, and
-what was stopped goes on. What a row gave goes to tests/results/BUDGET/ROW-SEED.json, and is not measured again where
-its run is gone: delete the file for that. Beside it stand GCRL's samples of the first seed. The tables,
-tests/results/BUDGET.md and claims.md, have all that was ever measured, and so has BUDGET.png, the curves of kNN. With
---data-dir the images are a folder's (DIR/train/CLASS/*, DIR/test/CLASS/*), else CIFAR-10 is downloaded.
+Trains and evaluates all rows in --out, one after the other or --jobs at a time. Finished runs are not repeated, and
+interrupted ones continue. The results of a row are written to tests/results/BUDGET/ROW-SEED.json, together with GCRL's
+samples for the first seed. They are not measured again even if the run is gone: delete the file for that. The tables,
+tests/results/BUDGET.md and claims.md, and BUDGET.png, the curves of kNN, show everything that was ever measured. With
+--data-dir the images are those of a folder (DIR/train/CLASS/*, DIR/test/CLASS/*), else CIFAR-10 is downloaded.
 """
 import argparse
 import contextlib
@@ -35,14 +35,14 @@ sys.path.insert(0, str(ROOT))                                                 # 
 
 from common import pictures
 
-BUDGETS = {  # flags of every row
+BUDGETS = {  # flags for all rows
     "shapes": "--dataset shapes",
     "shapes-float32": "--dataset shapes --amp off",
     "small": "--small",
     "gpu": "--epochs 100",
     "gpu-200": "--epochs 200",
 }
-ROWS = {  # the choices that make the row; all else is the script's default for the data set
+ROWS = {  # the choices that define a row; all else is the script's default for the data set
     "SimCLR": "simclr.py", "MoCo, queue": "moco.py", "MoCo, memory bank": "moco.py --dictionary memory-bank",
     "MoCo, end-to-end": "moco.py --dictionary end-to-end", "CMC, L and ab": "cmc.py --dictionary end-to-end",
     "CMC, Y and CbCr": "cmc.py --dictionary end-to-end --views ycbcr",
@@ -53,13 +53,17 @@ ROWS = {  # the choices that make the row; all else is the script's default for 
     "GCRL, generative": "gcrl.py --alpha 1 --beta 0", "GCRL, contrastive": "gcrl.py --alpha 0 --beta 1",
     "GCRL, hybrid": "gcrl.py --alpha 1 --beta 1", "GCRL, hybrid, alpha 8": "gcrl.py --alpha 8 --beta 1",
 }
-LONGER = {  # of --budget small alone
+LONGER = {  # with --budget small only
     "SimCLR, width 32": "simclr.py --width 32 --epochs 26",
+    "SimCLR, width 32, 40 epochs": "simclr.py --width 32 --epochs 40",
     "CMC, L and ab, memory bank, NCE": "cmc.py --contrast nce --dictionary memory-bank --schedule steps --epochs 30",
+    # As long as 5 epochs of the hybrid: a step takes 0.53 of its time without L_c, and 0.7 to 0.9 without L_g.
+    "GCRL, generative, 9 epochs": "gcrl.py --alpha 1 --beta 0 --epochs 9",
+    "GCRL, contrastive, 7 epochs": "gcrl.py --alpha 0 --beta 1 --epochs 7",
 }
 SCORES = ("probability, of the probe", "Mahalanobis, of class means", "Mahalanobis, no labels",
           "kNN distance, no labels", "likelihood, no labels", "likelihood less complexity")
-PUBLISHED = {  # linear accuracy that others report, on CIFAR-10 but where it says otherwise
+PUBLISHED = {  # linear accuracies reported by others, on CIFAR-10 unless noted
     "SimCLR": "85.6 (ResNet-18, batch 512, 100 epochs: dkobak/simclr-cifar10)",
     "MoCo, queue": "kNN 82.6 (of the head's output, 200 epochs: MoCo's CIFAR demo)",
     "CMC, Y and CbCr": "75.8 (100 classes of ImageNet, softmax)",
@@ -69,7 +73,7 @@ PUBLISHED = {  # linear accuracy that others report, on CIFAR-10 but where it sa
     "AMDIM": "91.2 (its large encoder, 300 epochs)",
 }
 
-# ---- claims: each is one sentence of a paper, the arms that test it, and what must be so for it to hold
+# ---- claims: each is one sentence of a paper, the arms that test it, and the conditions under which it holds
 
 SMALL = "--small --image-size 16 --width 8 --epochs 10 --batch-size 128"
 SIMCLR, MOCO = f"simclr.py {SMALL}", f"moco.py {SMALL} --negatives 1024"
@@ -243,7 +247,7 @@ def measure_of(arm):
 
 
 def check(words, folder):
-    """Ends the program where the run in `folder` has other settings than these words of a command give it."""
+    """Ends the program if the run in `folder` has other settings than this command (a list of words) gives it."""
     told = json.loads((folder / "args.json").read_text())["settings"]
     wanted = vars(importlib.import_module(words[0].removesuffix(".py")).arguments(words[1:]))
     for flag in (word for word in words if word.startswith("--") and word != "--out"):
@@ -253,8 +257,8 @@ def check(words, folder):
 
 
 def run(words, log, rounds=1, patience=150):
-    """python with these words, its output added to the file `log`. Where it takes more than `patience` seconds, prints
-    how long it goes on, by its own estimate, and how long so many rounds of runs like it would take."""
+    """Runs python with these words, its output appended to the file `log`. After `patience` seconds, prints how long it
+    will take by its own estimate, and how long `rounds` such runs would take."""
     with open(log, "a") as file:
         file.write(f"$ python {shlex.join(words)}\n")
         file.flush()
@@ -264,22 +268,22 @@ def run(words, log, rounds=1, patience=150):
             left = re.findall(r"(?:(\d+):)?(\d+):(\d\d) left", log.read_text())
             if left and program.poll() is None:
                 seconds = patience + sum(int(n or 0) * unit for n, unit in zip(left[-1], (3600, 60, 1)))
-                print(f"{log.stem} takes about {seconds / 3600:.1f} hours, all runs, if they are alike, "
+                print(f"{log.stem} takes about {seconds / 3600:.1f} hours; all runs, if they take as long, "
                       f"{rounds * seconds / 3600:.0f}", flush=True)
     if program.returncode:
         sys.exit(f"results.py: python {shlex.join(words)} failed, see {log}")
 
 
 def measure(words, data, seed, folder, kept, evaluation, rounds):
-    """Trains by a command and evaluates with these flags, as far as that is not done. Writes what there is to know
-    about the row to the file `kept`, and returns it.
+    """Trains by a command and evaluates with the flags `evaluation`, unless this is done already. Writes the row, all
+    about the run, to the file `kept`, and returns it.
 
-    words: of a command. data: [flags of the data set]. rounds: of runs, of which this is one.
+    words: of the command. data: [flags of the data set]. rounds: how many runs there are to do, for the estimate.
     """
     place, log = data[data.index("--data-dir") + 1] if "--data-dir" in data else "DIR", folder.with_suffix(".log")
     words = [*words, *data, "--seed", str(seed), "--out", str(folder)]
     command = shlex.join(["python", *words[:-2]]).replace(place, "DIR")
-    evaluated = ["/".join(Path(word).parts[-2:]) for word in evaluation]      # without the path of a folder
+    evaluated = ["/".join(Path(word).parts[-2:]) for word in evaluation]      # without the folder's path
     row = json.loads(kept.read_text()) if kept.exists() and not folder.exists() else {}
 
     def has_evaluation(row):
@@ -303,7 +307,7 @@ def measure(words, data, seed, folder, kept, evaluation, rounds):
     row["settings"] |= {"data_dir": "DIR", "out": None}
     ood = row["evaluation"].get("ood", {})
     row["evaluation"] |= {"ood": {"/".join(Path(other).parts[-2:]): ood[other] for other in ood}} if ood else {}
-    for table in ("labels", "finetune"):                                      # which images were drawn is long
+    for table in ("labels", "finetune"):                                      # the lists of images are long
         for entry in row["evaluation"].get(table, {}).values():
             entry.pop("draws", None)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -318,7 +322,7 @@ def measure(words, data, seed, folder, kept, evaluation, rounds):
 
 
 def key_of(arm):
-    """The name of the command's files."""
+    """The name of the files of an arm."""
     return hashlib.sha1((arm if isinstance(arm, str) else arm[0]).encode()).hexdigest()[:10]
 
 
@@ -463,28 +467,28 @@ def subset(folder, place, images=1000):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="The README's tables of results and of claims.",
+    parser = argparse.ArgumentParser(description="Measures the README's tables of results and of claims.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--budget", choices=BUDGETS, help="every method: what each row's recipe is given")
-    what.add_argument("--claims", nargs="*", choices=CLAIMS, metavar="NAME", help="these claims, or all of them, on "
+    what.add_argument("--budget", choices=BUDGETS, help="measure every method with this budget")
+    what.add_argument("--claims", nargs="*", choices=CLAIMS, metavar="NAME", help="test these claims, or all, on "
                       "10,000 images of --data-dir: " + ", ".join(CLAIMS))
-    what.add_argument("--pictures", nargs=2, type=Path, metavar=("SIMCLR_RUN", "GCRL_RUN"), help="make the picture at "
+    what.add_argument("--pictures", nargs=2, type=Path, metavar=("SIMCLR_RUN", "GCRL_RUN"), help="draw the picture at "
                       "the top of the README, tests/results/overview.png")
-    add("--data-dir", type=Path, default=None, help="a folder DIR/train/CLASS/*, DIR/test/CLASS/* in place of CIFAR-10")
-    add("--seeds", type=int, default=None, help="runs of each row (default: 1, of claims 2)")
-    add("--labels", nargs="*", type=float, default=[0.01, 0.1], help="shares of the labels to probe with, too")
-    add("--ood", nargs="*", default=[], help="data sets or folders to tell from it")
-    add("--rows", nargs="+", choices=(*ROWS, *LONGER), default=list(ROWS), metavar="ROW", help="these rows alone")
-    add("--jobs", type=int, default=1, help="rows at a time; give each its cores with OMP_NUM_THREADS")
-    add("--out", type=Path, default=None, help="folder of the runs; by default runs/results-BUDGET beside the scripts")
+    add("--data-dir", type=Path, default=None, help="folder DIR/train/CLASS/*, DIR/test/CLASS/* instead of CIFAR-10")
+    add("--seeds", type=int, default=None, help="seeds for each row (default: 1; for claims 2)")
+    add("--labels", nargs="*", type=float, default=[0.01, 0.1], help="fractions of the labels to probe with as well")
+    add("--ood", nargs="*", default=[], help="data sets or folders to detect as out-of-distribution")
+    add("--rows", nargs="+", choices=(*ROWS, *LONGER), default=list(ROWS), metavar="ROW", help="only these rows")
+    add("--jobs", type=int, default=1, help="runs at a time; set OMP_NUM_THREADS to divide the cores")
+    add("--out", type=Path, default=None, help="folder of the runs (default: runs/results-BUDGET)")
     args = parser.parse_args(argv)
     if args.pictures:
         return overview(*args.pictures, RESULTS / "overview.png")
     claims = args.budget is None
     if args.data_dir and args.budget not in (None, "small"):
-        parser.error(f"--budget {args.budget} has images of its own: leave --data-dir out")
+        parser.error(f"--budget {args.budget} has its own images: leave out --data-dir")
     if claims and not args.data_dir:
         parser.error("--claims needs --data-dir, a folder of images: DIR/train/CLASS/*, DIR/test/CLASS/*")
     name, seeds = args.budget or "claims", range(args.seeds or 1 + claims)
@@ -509,7 +513,7 @@ def main(argv=None):
         keys = {command: key_of(command) for command in commands}
     else:
         if args.budget != "small" and not LONGER.keys().isdisjoint(args.rows):
-            parser.error(f"--rows {', '.join(LONGER)} goes with --budget small")
+            parser.error(f"--rows {', '.join(LONGER)} needs --budget small")
         keys = {f"{(ROWS | LONGER)[row]} {BUDGETS[args.budget]}": slug(row) for row in args.rows}
         commands = dict.fromkeys(keys, evaluation)
 

@@ -317,7 +317,7 @@ def test_steps_of_the_rate():
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
     flags = {"steps": ["--dataset", "cifar10"], "cosine": ["--dataset", "cifar10", "--small"]}
     assert all(cmc.arguments(words).schedule == schedule for schedule, words in flags.items())
-    with pytest.raises(Refusal, match="--warmup means nothing to --schedule steps"):
+    with pytest.raises(Refusal, match="--warmup has no effect with --schedule steps"):
         cmc.arguments(["--dataset", "cifar10", "--warmup", "0.1"])
 
 

@@ -319,7 +319,7 @@ def test_checkpoints_that_training_would_stumble_on(run, either):
         damage(state)
         torch.save(state, run / "checkpoint.pt")
         before = (run / "checkpoint.pt").read_bytes()
-        assert "checkpoint.pt is not a whole checkpoint" in refusal(either.main, ["--resume", run])
+        assert "checkpoint.pt is not a valid checkpoint" in refusal(either.main, ["--resume", run])
         assert (run / "checkpoint.pt").read_bytes() == before
         torch.save(good, run / "checkpoint.pt")
 

@@ -149,7 +149,7 @@ def test_says_how_long_all_takes(tmp_path, capsys):
     """By the run's own estimate, after a while; a run that fails names its log."""
     program = "import time; print('epoch 1/9  12 images/s  2:59:59 left', flush=True); time.sleep(3)"
     results.run(["-c", program], tmp_path / "simclr-0.log", rounds=5, patience=1)
-    assert capsys.readouterr().out == "simclr-0 takes about 3.0 hours, all runs, if they are alike, 15\n"
+    assert capsys.readouterr().out == "simclr-0 takes about 3.0 hours; all runs, if they take as long, 15\n"
     results.run(["-c", "print('9:59 left')"], tmp_path / "short.log", rounds=5, patience=10)
     assert capsys.readouterr().out == ""
     with pytest.raises(SystemExit, match="failed, see .*bad.log"):

@@ -85,7 +85,7 @@ def test_out_is_taken(either, here, tiny, finished):
     """--out with a run in it, with anything in it, or a file, is refused and left alone; an empty folder is taken."""
     shutil.copytree(finished(either).folder, here / "run")
     before = {p.name: p.read_bytes() for p in (here / "run").iterdir()}
-    with pytest.raises(Refusal, match="--out run holds a run.*--resume run"):
+    with pytest.raises(Refusal, match="--out run already holds a run.*--resume run"):
         either.main(tiny(either, "--out", "run"))
     assert {p.name: p.read_bytes() for p in (here / "run").iterdir()} == before
     (here / "mine").mkdir()
@@ -167,7 +167,7 @@ def test_damaged_checkpoint(either, here, finished, damage):
     path = here / "run" / "checkpoint.pt"
     damage(path, finished("gcrl" if either is simclr else "simclr"))
     before = path.read_bytes()
-    with pytest.raises(Refusal, match="run/checkpoint.pt is not a whole checkpoint") as refusal:
+    with pytest.raises(Refusal, match="run/checkpoint.pt is not a valid checkpoint") as refusal:
         either.main(["--resume", "run"])
     assert path.read_bytes() == before and "\n" not in str(refusal.value)
 

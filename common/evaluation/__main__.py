@@ -55,14 +55,14 @@ def main(argv=None):
     amp = cli.pick_amp(args.amp or settings.amp, device)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     if max(args.frozen_stages) > (n := len(few_labels.stages(encoder))):
-        raise Refusal(f"--frozen-stages {max(args.frozen_stages)} is more than the encoder has, {n}")
+        raise Refusal(f"--frozen-stages {max(args.frozen_stages)} is more than the {n} stages of the encoder: lower it")
     generator = runs.load_generator(args.run, device, needed=False) if args.ood or args.blocks else None
     if args.blocks and generator is None:
         raise Refusal(f"--blocks needs a generator, and {args.run} has none")
     yours = args.data_dir and (settings.dataset not in HOMES or image_files(args.data_dir))   # not downloads
     name, views = args.dataset or ("folder" if yours else settings.dataset), getattr(settings, "views_dir", None)
     if views and (args.ood or args.neighbours or args.data_dir or name != settings.dataset):
-        raise Refusal(f"{args.run} has views of its own (--views-dir): it can be judged on these alone")
+        raise Refusal(f"{args.run} has views of its own (--views-dir): it can only be evaluated on these")
     downloads = "data" if settings.dataset == "folder" else settings.data_dir
     place = args.data_dir or views or (settings.data_dir if name == settings.dataset else downloads)
     suffix = "" if (name, place) == (settings.dataset, settings.data_dir) else f"-{name}"      # of picture names
@@ -71,7 +71,7 @@ def main(argv=None):
         return load(name, folder, settings.image_size, device, args.workers, args.cache_gb, settings.seed)
 
     if args.data_dir and name in NAMES[:2]:
-        raise Refusal(f"--data-dir means nothing to --dataset {name}, which is drawn: leave one of them out")
+        raise Refusal(f"--data-dir has no effect on --dataset {name}, which is generated: leave one of them out")
     images, outside = open_data(name, place), {}
     if args.export:
         features.export(Path(args.export), images, encoder, autocast)
@@ -87,7 +87,7 @@ def main(argv=None):
         found = {on: {measure: {**rows} for measure, rows in measures.items()}
                  for on, measures in (cli.read_json(path) if path.exists() else {}).items()}
     except (OSError, ValueError, TypeError, AttributeError):
-        raise Refusal(f"{path} is damaged: put it right or move it away") from None
+        raise Refusal(f"{path} is damaged: repair it or move it away") from None
     for other in args.ood or ():
         if other not in NAMES[:-1] and not Path(other).is_dir():
             raise Refusal(f"--ood {other} is neither a data set ({', '.join(NAMES[:-1])}) nor a folder of images")
@@ -97,7 +97,7 @@ def main(argv=None):
             raise Refusal(f"--ood {other}: {refusal}") from None
         outside[other] = strange.test or strange.train
     if not images.labelled and (args.labels or args.finetune or args.blocks or not args.ood):
-        raise Refusal(f"there is nothing to judge the classes by: {images.unlabelled}; --ood needs no labels")
+        raise Refusal(f"there are no labels to evaluate with: {images.unlabelled}; --ood needs none")
 
     result = found.setdefault(f"{name} {args.data_dir}" if args.data_dir else name, {})
 

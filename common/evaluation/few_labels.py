@@ -122,7 +122,7 @@ def compare_finetuning(images, encoder, untrained, shares, draws, frozen_stages,
         return scratch[share, seed]
     for n in frozen_stages:
         frozen = sum(weights[:n]) / sum(weights)
-        print(f"\nfine-tuned, {n} of {len(weights)} stages frozen ({100 * frozen:.0f} % of the weights), beside the "
+        print(f"\nfine-tuned, {n} of {len(weights)} stages frozen ({100 * frozen:.0f} % of the weights), and the "
               f"same network trained from scratch")
         for share, values in compare("fine-tuning, share of labels", ["finetuned", "scratch"], labels, shares, draws,
                                      score).items():

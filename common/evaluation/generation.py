@@ -48,7 +48,7 @@ def main(argv, script):
     model = runs.load_generator(args.sample, device, Path(script).stem)
     judge = args.frechet and runs.load_encoder(args.frechet, device)
     if judge and getattr(judge[0], "views_dir", None):
-        raise Refusal(f"--frechet {args.frechet}: that run has views of its own (--views-dir), which samples have not")
+        raise Refusal(f"--frechet {args.frechet}: that run has views of its own (--views-dir), which samples lack")
     given = args.complete and Images(Decoder(args.complete, size), None, device, 0, True).pixels
 
     def drawn(tokens, rows=0):
@@ -131,7 +131,7 @@ def frechet_distances(judge, samples, test, seen, device):
     """
     n = min(len(samples), len(test or ()) // 2)
     if n < 2:
-        raise Refusal("--frechet needs two samples and four test images at least, for a covariance")
+        raise Refusal("--frechet needs at least two samples and four test images, for a covariance")
     half, other = test.at(test.random_indices(2 * n)).split(n)
     x, *rest = (features(judge[1], judge[0].image_size, images, device)       # (n, D)
                 for images in (half, samples[:n], other, seen(other)))

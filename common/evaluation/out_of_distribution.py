@@ -111,7 +111,7 @@ def detect(images, labelled_x, encoder, outside, generator, autocast):
     train_x = linear_probe.features(encoder, images.centred, autocast)        # (N, D)
     if not images.test:
         if len(train_x) < 4:
-            raise Refusal(f"--ood needs more images to compare with than {len(train_x)}")
+            raise Refusal(f"--ood needs at least 4 images to compare with, not {len(train_x)}: add some")
         order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(0)).to(train_x.device)
         own_x, train_x = (train_x[index] for index in order.tensor_split([max(1, len(order) // 10)]))
     if labelled_x:
@@ -136,7 +136,7 @@ def detect(images, labelled_x, encoder, outside, generator, autocast):
     own, results = scores(own_x, images.test), {}
     for name, part in outside.items():
         theirs, results[name] = scores(linear_probe.features(encoder, part, autocast), part), {}
-        print(f"\n{'strange: ' + name:34}{'AUROC':>8}{'AUPR':>8}{'FPR95':>8}\n"
+        print(f"\n{'outside: ' + name:34}{'AUROC':>8}{'AUPR':>8}{'FPR95':>8}\n"
               f"{'by guessing':34}{50:8.1f}{100 * len(part) / (len(part) + len(own_x)):8.1f}{95:8.1f}")
         for score, x in own.items():
             values = auroc(x, theirs[score]), aupr(x, theirs[score]), fpr(x, theirs[score])

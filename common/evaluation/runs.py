@@ -19,11 +19,11 @@ def load_script(folder, method=None):
     method, _ = cli.read_settings(folder, method)
     path, package = ROOT / f"{method}.py", ".".join(__package__.split(".")[:-2])             # of common/, if it has one
     if not path.is_file():
-        raise Refusal(f"{folder} is a run of {method}.py, which has to lie beside common/ to read it")
+        raise Refusal(f"{folder} is a run of {method}.py, which has to be next to common/ to read it")
     spec = importlib.util.spec_from_file_location(f"{package}.{method}" if package else method, path)
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     if not hasattr(module, "build_encoder"):
-        raise Refusal(f"{folder}: {path} is no script of a method, it has no build_encoder(args)")
+        raise Refusal(f"{folder}: {path} is not the script of a method: it has no build_encoder(args)")
     return module, module.arguments(["--resume", str(folder)])                # checks the settings
 
 
@@ -67,7 +67,7 @@ def weights(folder, name):
         state = read_tensors(path)
         return state["model"] if name == "checkpoint.pt" else state
     except FileNotFoundError:
-        raise Refusal(f"{path} is missing: that run has saved nothing yet, go on with --resume {folder}") from None
+        raise Refusal(f"{path} is missing: that run has saved nothing; try --resume {folder}") from None
     except Exception as error:                                                # zip, pickle and key errors
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
         raise Refusal(f"{path} cannot be read ({reason}): train that run again") from None
