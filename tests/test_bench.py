@@ -10,8 +10,7 @@ def test_beside_a_folder_without_the_script(here):
         bench.of_checkout(here)
 
 
-@pytest.mark.parametrize("amp", ["bf16", "off"])
-@pytest.mark.parametrize("part", bench.PARTS)
+@pytest.mark.parametrize("part, amp", [*((part, "bf16") for part in bench.PARTS), ("gcrl", "off")])
 def test_part(part, amp, tiny, monkeypatch, capsys, here):
     main = bench.simclr.main
     monkeypatch.setattr(bench.simclr, "main", lambda argv: main([*tiny("simclr", "--amp", amp), *argv]))

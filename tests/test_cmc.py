@@ -322,6 +322,6 @@ def test_steps_of_the_rate():
 
 
 def test_the_rate_falls_in_steps(tiny, here):
-    cmc.main(tiny("cmc", "--schedule", "steps", "--epochs", 6, "--out", "run"))
+    cmc.main(tiny("cmc", "--schedule", "steps", "--epochs", 6, "--knn-every", 6, "--out", "run"))
     rates = [json.loads(line)["lr"] for line in Path("run/log.jsonl").read_text().splitlines()]
     assert [rate / rates[0] for rate in rates] == pytest.approx([1, 1, 1, 0.1, 0.01, 0.001])

@@ -354,14 +354,36 @@ for folder, *argv in json.loads(sys.argv[1]):
 """
 
 
+PARTS = """
+rng = augment.Random(0)
+x = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+model = SimCLR(resnet.resnet18("cifar", 4))
+optimizer = LARS(parameter_groups(model, 1e-4), 0.1)
+h, z = model(torch.cat([view(x, rng, 16, 0.2, 0.5, 0.5) for _ in range(2)]))
+nt_xent(*z.chunk(2), 0.5).backward()
+optimizer.step()
+print(h.shape)
+"""
+
+
 def start(root, tiny):
-    """Makes a folder for each script, with it and common/ alone, and runs it there."""
+    """Makes a folder for each script, with it and common/ alone, without common/evaluation/, and runs it there; and
+    another for view, encoder, loss and optimiser of SimCLR, with the two files that these need."""
     jobs = []
     for name in ("simclr", "moco", "cmc", "cpc", "dim", "gcrl"):
         (root / name).mkdir()
         shutil.copy(ROOT / f"{name}.py", root / name)
-        shutil.copytree(ROOT / "common", root / name / "common", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / "common", root / name / "common",
+                        ignore=shutil.ignore_patterns("__pycache__", "evaluation"))
         jobs.append([str(root / name), f"{name}.py", *tiny(name, "--epochs", 1)])
+    (root / "parts" / "common").mkdir(parents=True)
+    for name in ("augment.py", "resnet.py"):
+        shutil.copy(ROOT / "common" / name, root / "parts" / "common" / name)
+    text = (ROOT / "simclr.py").read_text()
+    text = text[: text.index("# ---- arguments")]
+    text = re.sub(r"^from common import .*\nfrom common.run .*", "from common import augment, resnet", text, flags=re.M)
+    (root / "parts" / "mine.py").write_text(text + PARTS)
+    jobs.append([str(root / "parts"), "mine.py"])
     with open(root / "output", "w") as output:
         return subprocess.Popen([sys.executable, "-c", ALONE, json.dumps(jobs)], cwd=root, stdout=output, stderr=output)
 
@@ -373,10 +395,14 @@ def alone(ended):
 
 
 def test_script_and_common_alone(script, alone):
-    """A script and common/ are all that it takes."""
+    """A script and common/ are all that it takes, even without common/evaluation/."""
     folder, run = alone / script.__name__, f"runs/{script.__name__}-folder-0"
     assert (folder / "stderr").read_text() == ""
     assert (folder / run / "result.json").exists() and run in (folder / "stdout").read_text()
+
+
+def test_simclrs_parts_need_two_files(alone):
+    assert "[16, 32]" in (alone / "parts" / "stdout").read_text() and (alone / "parts" / "stderr").read_text() == ""
 
 
 # ---- copies
@@ -398,15 +424,11 @@ def good(name, argv, cwd):
     return done.stdout
 
 
-def test_a_changed_copy_is_trained_resumed_and_judged_as_itself(copy_of, either, tiny, here):
+def test_a_changed_copy_is_trained_resumed_and_judged_as_itself(copy_of, tiny, here):
     """cp simclr.py mine.py, a width of one's own in the encoder: runs, settings, and judgement are mine's."""
-    path = Path(copy_of(either, "mine"))
-    text = path.read_text()
-    for old, new in (("args.width)", "2 * args.width)"), ("args.width, args.encoder_layers, args.decoder_layers, "
-                                                         "args.heads)", "2 * args.width, 1, 1, args.heads)")):
-        text = text.replace(old, new)
-    path.write_text(text)
-    assert "mine: dataset folder" in good("mine.py", tiny(either, "--epochs", 1, "--workers", 0), here / "project")
+    path = Path(copy_of(simclr, "mine"))
+    path.write_text(path.read_text().replace("args.width)", "2 * args.width)"))
+    assert "mine: dataset folder" in good("mine.py", tiny(simclr, "--epochs", 1), here / "project")
     run = here / "project" / "runs" / "mine-folder-0"
     assert json.loads((run / "args.json").read_text())["method"] == "mine"
     both = ("import sys, mine; from common.evaluation import __main__ as evaluation; "
@@ -417,14 +439,7 @@ def test_a_changed_copy_is_trained_resumed_and_judged_as_itself(copy_of, either,
         assert accuracy == stored["linear"][row]
     assert told["folder"]["linear"].keys() == {"pixels", "untrained", "trained"} and re.search(r"^mine  ", out, re.M)
     with pytest.raises(Refusal, match="is a run of mine.py"):
-        either.main(["--resume", run])
-
-
-def test_training_without_the_evaluation_folder(copy_of, tiny, here):
-    """Deleting common/evaluation/ takes nothing from training."""
-    copy_of(gcrl, "gcrl")
-    shutil.rmtree(here / "project" / "common" / "evaluation")
-    good("gcrl.py", tiny(gcrl, "--epochs", 1, "--out", "run"), here / "project")
+        simclr.main(["--resume", run])
 
 
 def test_in_somebodys_package(copy_of, tiny, here):
@@ -439,27 +454,6 @@ def test_in_somebodys_package(copy_of, tiny, here):
     good("-m", ["pkg.pretrain", *tiny(simclr, "--epochs", 1, "--out", "run")], here / "project")
     good("-m", ["pkg.common.evaluation", "run", "--device", "cpu", "--amp", "off"], here / "project")
     assert json.loads((here / "project" / "run" / "evaluation.json").read_text())["folder"]["linear"]
-
-
-def test_simclrs_parts_need_two_files(here):
-    """View, encoder, loss and optimiser, with augment.py and resnet.py alone beside them."""
-    (here / "common").mkdir()
-    for name in ("augment.py", "resnet.py"):
-        shutil.copy(ROOT / "common" / name, here / "common" / name)
-    text = (ROOT / "simclr.py").read_text()
-    text = text[: text.index("# ---- arguments")]
-    text = re.sub(r"^from common import .*\nfrom common.run .*", "from common import augment, resnet", text, flags=re.M)
-    (here / "mine.py").write_text(text + """
-rng = augment.Random(0)
-x = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
-model = SimCLR(resnet.resnet18("cifar", 4))
-optimizer = LARS(parameter_groups(model, 1e-4), 0.1)
-h, z = model(torch.cat([view(x, rng, 16, 0.2, 0.5, 0.5) for _ in range(2)]))
-nt_xent(*z.chunk(2), 0.5).backward()
-optimizer.step()
-print(h.shape)
-""")
-    assert "[16, 32]" in good("mine.py", [], here)
 
 
 # ---- gcrl's two losses
