@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -40,7 +41,9 @@ class Parser(argparse.ArgumentParser):
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        silent = action.default is None or action.default is False
+        if isinstance(action.default, list) and action.default:
+            return f"{action.help} (default: {shlex.join(map(str, action.default))})"
+        silent = action.default in (None, []) or action.default is False
         return action.help if silent else super()._get_help_string(action)
 
 

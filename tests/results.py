@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "results"
 sys.path.insert(0, str(ROOT))                                                 # of the scripts, and common
 
-from common import pictures
+from common import cli, pictures
 
 BUDGETS = {  # flags for all rows
     "shapes": "--dataset shapes",
@@ -468,7 +468,7 @@ def subset(folder, place, images=1000):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Measures the README's tables of results and of claims.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=cli.Help)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--budget", choices=BUDGETS, help="measure every method with this budget")

@@ -321,7 +321,8 @@ def test_help(script, here, monkeypatch, capsys):
         rest, found, entry = rest.rpartition(f" {action.option_strings[0]}")
         assert found
         if action.default is not None and action.default is not False:
-            assert f"(default: {action.default})" in entry, action.dest
+            words = " ".join(action.default) if isinstance(action.default, list) else action.default
+            assert f"(default: {words})" in entry, action.dest
 
 
 @pytest.mark.parametrize("argv", [["--dataset", "folder"], ["--dataset=folder"]])
