@@ -3,7 +3,7 @@
 
 The views are channels of an image (L and ab, Y and CbCr, or R, G and B), or aligned folders of images (such as colour
 and depth). Each view V_i has its own encoder and projection z_i = g_i(f_i(v_i)), |z_i| = 1. The critic h(v_i, v_j) =
-exp(z_i.z_j / tau) should be high for views of the same image and low otherwise. With view i as anchor:
+exp(z_i.z_j / tau) should be high for views of one image and low otherwise. With view i as anchor, m negatives v_j^l:
 
     softmax    -log  h(v_i, v_j) / (h(v_i, v_j) + sum_{l=1..m} h(v_i, v_j^l))
     nce        -log  P(v_j) - sum_{l=1..m} log (1 - P(v_j^l)),     P = p / (p + m / n),  p = h / Z
@@ -20,7 +20,7 @@ The representation that is kept and evaluated is the concatenation of all f_i(v_
 Differences from the paper: softmax is the default (paper: nce); the negatives are drawn once for a whole batch (paper:
 for each image); the bank starts from the outputs of the untrained encoders (paper: random vectors) and Z is estimated
 on each batch (paper: on the first, where random vectors make it so small that nothing is learnt on `shapes`: 19.0
-linear, untrained 18.7, one seed); an image's own vector is no negative; inputs are only scaled to about [-1, 1].
+linear, untrained 18.7, one seed); an image's own vector is not a negative; inputs are only scaled to about [-1, 1].
 
 Measured, linear / kNN: `shapes` 52.0 / 34.8 over three seeds (untrained 22.5 / 11.8), 45 to 50 s on a core of a Xeon;
 CIFAR-10 with `--small` 51.3 / 48.0 (40.0 / 33.7), 44 min, with `--contrast nce --schedule steps --epochs 30` 52.2 /
@@ -55,7 +55,7 @@ def rgb_to_lab(x):
     x, y, z = linear_map(linear, ((0.4124564, 0.3575761, 0.1804375),
                                   (0.2126729, 0.7151522, 0.0721750),
                                   (0.0193339, 0.1191920, 0.9503041))).split(1, dim=1)
-    t = torch.cat([x / 0.95047, y, z / 1.08883], dim=1)                       # of the white point
+    t = torch.cat([x / 0.95047, y, z / 1.08883], dim=1)                       # relative to the white point
     f = torch.where(t > (6 / 29) ** 3, t.clamp(min=1e-6) ** (1 / 3), t * (29 / 6) ** 2 / 3 + 4 / 29)
     fx, fy, fz = f.split(1, dim=1)
     return torch.cat([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], dim=1)
@@ -205,7 +205,7 @@ def nce(q, k, negatives, tau, images, own=None):
 
 
 def step_decay(step, steps):
-    """The paper's schedule, a factor of the rate: 1, divided by 10 after 120, 160 and 200 of 240 epochs."""
+    """The paper's schedule, a factor of the rate: 1, divided by 10 after each of 120, 160 and 200 of 240 epochs."""
     return 0.1 ** sum(240 * step >= epoch * steps for epoch in (120, 160, 200))
 
 
@@ -306,7 +306,7 @@ def main(argv=None):
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {len(pairs) * chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
     run.watch(autocast, {"trained": model.encoder})
-    first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
+    first_epoch, first_step = run.restore()                                   # (0, 0) unless --resume
     net.train()
     if entries and first_epoch == first_step == 0:
         fill_banks(model, batches, rng, random_view, autocast)

@@ -15,8 +15,8 @@ the mean of z over the grid.
     python cpc.py --dataset cifar10                         # ResNet-18 on each patch, 200 epochs
 
 Differences from the papers: prediction starts at the first row that shares no pixel with the context (v1: k = 1); v2's
-patches get three of AutoAugment's operations, each with probability 0.1 (v2: two of sixteen), and 0.2 of them lose two
-channels (v2: all, --colour-drop 1); v1 has no greyscale (v1: all images are grey); folders take a ResNet-50 (v2:
+patches get three of AutoAugment's operations, each with probability 0.1 (v2: two of sixteen), and 0.2 of the patches
+lose two channels (v2: all, --colour-drop 1); v1's patches stay in colour (v1: all grey); folders take a ResNet-50 (v2:
 ResNet-161); Adam's rate follows a cosine; inputs are only scaled to [-1, 1].
 
 Measured, linear probe / kNN: `shapes` 58.2 +- 3.4 / 25.7 over three seeds, contexts 64.0 / 27.4 (untrained 22.7 /
@@ -85,7 +85,7 @@ def warp(x, shear, bend):
     edge, affine = 1 - 1 / x.shape[3], torch.eye(2, 3, device=x.device).repeat(len(x), 1, 1)
     affine[:, 0, 1], affine[:, 1, 0] = shear[:, 0], shear[:, 1]
     shifts = F.interpolate(bend, x.shape[2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
-    grid = F.affine_grid(affine, x.shape, align_corners=False) + shifts       # (N, S, S, 2), in [-1, 1] the patch
+    grid = F.affine_grid(affine, x.shape, align_corners=False) + shifts       # (N, S, S, 2); the patch is [-1, 1]
     return F.grid_sample(x, grid.clamp(-edge, edge), align_corners=False)
 
 
@@ -119,7 +119,7 @@ class Encoder(nn.Module):
 
     def grid(self, patches):
         """(N, G, G, 3, patch, patch) to z (N, feature_dim, G, G)."""
-        x = 2 * patches.flatten(0, 2) - 1                                     # layer norm would lose a patch of zeros
+        x = 2 * patches.flatten(0, 2) - 1                                     # else a black patch is 0 to layer norm
         z = self.net(x.contiguous(memory_format=torch.channels_last))
         return z.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
 
@@ -197,7 +197,7 @@ def steps_ahead(patch, stride, last, first=None):
     """The k from `first` to `last`. By default the first is the smallest k for which the patch k rows below shares no
     pixel with those that the context has seen.
 
-    When patches overlap, most of the next row has been seen already, and predicting it only teaches to match pixels.
+    When patches overlap, most of the next row has been seen already, and predicting it teaches only pixel matching.
     """
     return range(first or -(-patch // stride), last + 1)
 
@@ -317,7 +317,7 @@ def main(argv=None):
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
     run.watch(autocast, {"trained": model.encoder, "context": ContextEncoder(model)})
-    first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
+    first_epoch, first_step = run.restore()                                   # (0, 0) unless --resume
     net.train()
     with run:
         for epoch in range(first_epoch, args.epochs):

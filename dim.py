@@ -15,18 +15,18 @@ pairs from two different images (equations 2, 4, 5):
 
 The divergence is measured by an adversary that tells sigmoid(Y) from uniform draws. AMDIM (--objective multiscale) has
 two views of each image and no Y: with infonce, the global vector of one view predicts the 5 x 5 and 7 x 7 maps of the
-other, and one vector of its 5 x 5 map predicts the other's 5 x 5 map. The representation is DIM's last hidden layer, fc
-(conv, the last map, and Y are evaluated as well), or AMDIM's global vector.
+other, and a vector of one 5 x 5 map predicts the 5 x 5 map of the other. The representation is DIM's last hidden layer,
+fc (conv, the last map, and Y are evaluated as well), or AMDIM's global vector.
 
     python dim.py                                           # generated shapes, a minute or two on two cores
     python dim.py --dataset cifar10 --estimator infonce     # the paper's encoder
     python dim.py --dataset cifar10 --objective multiscale  # AMDIM
 
 Differences from the papers: the learning rate warms up and follows a cosine (DIM: constant, AMDIM: steps); inputs are
-in [0, 1], not normalised; DIM's scores are divided by sqrt(D); the global T is an MLP on a convolutional summary of the
-map (authors: on a copy of the encoder's layers).
+in [0, 1], not normalised; DIM's scores are divided by sqrt(D); the global T scores a convolutional summary of the map
+(authors: a copy of the encoder's layers).
 
-Measured, linear / kNN: `shapes`, three seeds, 49.9 / 30.1 (untrained 27.7 / 18.2; of one view, one seed, 20.3 linear),
+Measured, linear / kNN: `shapes`, three seeds, 49.9 / 30.1 (untrained 27.7 / 18.2; --views 1, one seed, 20.3 linear),
 AMDIM 68.0 / 46.4 (33.7 / 16.9); CIFAR-10, --small, one view 59.0 / 53.9 (41.9 / 31.2), AMDIM 63.9 / 62.1 (31.2 / 28.3).
 """
 import math
@@ -77,7 +77,7 @@ class Encoder(nn.Module):
     """(N, 3, S, S) to fc (N, 16 width); `layers` also gives the local map (N, C, M, M), conv (N, ...) and Y (N, dim).
 
     arch "conv" is the paper's encoder for 32 pixels (width 64), with a layer more at 64 so that M = 8; conv is the map
-    of the next layer, flattened. ResNets (stem "imagenet" above 64 pixels) have layer3's map and layer4's mean as conv.
+    of the next layer, flattened. In ResNets (stem "imagenet" above 64 pixels) the map is layer3's, conv layer4's mean.
     """
 
     def __init__(self, arch, width, image_size, dim=64):
@@ -282,8 +282,8 @@ class AMDIM(nn.Module):
 
 
 def random_views(x, rng, size, count, aspect=None):
-    """x uint8 (N, 3, S, S) to (count N, 3, S, S) in [0, 1]. One view is the image itself. Two share their flip and are
-    augmented as in AMDIM: for CIFAR (appendix), from 64 pixels on by crops, not shifts, from 128 on with less hue.
+    """x uint8 (N, 3, S, S) to (count N, 3, S, S) in [0, 1]. A single view is the image itself. Two share their flip and
+    follow AMDIM's CIFAR recipe (appendix), but with crops instead of shifts from 64 pixels up, less hue from 128 up.
     aspect: (N,), width / height of the photographs before they were resized to squares."""
     if count == 1:
         return x.float() / 255
@@ -329,13 +329,13 @@ def arguments(argv):
         help="DIM: mutual information of Y with each place, with the whole map, or both; multiscale: AMDIM")
     add("--estimator", choices=("jsd", "infonce", "dv"), default="jsd", help="of DIM; AMDIM always uses infonce")
     add("--critic", choices=("dot", "concat"), default="dot", help="T of DIM: encode-and-dot or concat-and-convolve")
-    add("--views", type=int, choices=(1, 2), default=1, help="1: the image itself; 2: Y of one, c of the other")
+    add("--views", type=int, choices=(1, 2), default=1, help="1: the image itself; 2: Y of one view, c of the other")
     number("--alpha", 0.0, "[0, inf)", "weight of the global objective")
     number("--beta", 1.0, "[0, inf)", "weight of the local objective")
     number("--gamma", 0.1, "[0, inf)", "weight of the adversary that makes Y uniform")
     add("--arch", choices=("conv", "resnet18", "resnet34", "resnet50"), default="conv", help="DIM's encoder")
     number("--width", 64, "[1, inf)", "channels of the encoder's first layer (AMDIM: 128)")
-    number("--depth", 3, "[1, 1000]", "convolutions in each block of AMDIM (ImageNet: 10)")
+    number("--depth", 3, "[1, 1000]", "residual layers in each block of AMDIM (ImageNet: 10)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of AMDIM: which scale predicts which")
     number("--units", 2048, "[1, inf)", "width of T's hidden layers (concat: 512) or of AMDIM's vectors (1024)")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs in which the learning rate rises")
@@ -391,7 +391,7 @@ def main(argv=None):
     progress = run.progress(args.epochs, len(batches), args.batch_size, notes)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
     run.watch(autocast, encoders)
-    first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
+    first_epoch, first_step = run.restore()                                   # (0, 0) unless --resume
     net.train()
     with run:
         for epoch in range(first_epoch, args.epochs):

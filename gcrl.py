@@ -60,7 +60,7 @@ def quantise(x, palette):
     colour in the palette (V, 3), by Euclidean distance."""
     pixels = (x / 255 if x.dtype == torch.uint8 else x).permute(0, 2, 3, 1)   # (N, H, W, 3)
     half = palette.square().sum(dim=1) / 2                                    # |x - p|^2 / 2 = half - x.p + ...
-    part = 2**12 if x.device.type == "cpu" else 2**18                         # distances that fit into the cache
+    part = 2**12 if x.device.type == "cpu" else 2**18                         # pixels whose distances fit the cache
     with torch.autocast(x.device.type, enabled=False):                        # bf16 would pick other colours
         tokens = [torch.addmm(half, p, palette.T, alpha=-1).argmin(dim=1) for p in pixels.reshape(-1, 3).split(part)]
     return torch.cat(tokens).view(pixels.shape[:3])
@@ -180,9 +180,9 @@ class GCRL(nn.Module):
     def sample(self, n, temperature=1.0, top_k=None, given=None, rows=0, generator=None):
         """Samples n token grids (n, H, W), pixel by pixel.
 
-        temperature > 0 divides the logits; only the top_k most likely colours are drawn. given: (n, H, W) tokens, whose
-        first `rows` rows are kept. generator: on the model's device. Keys and values are cached, so that each pixel
-        takes one position of the decoder, and each row one row of the encoder.
+        But for the first pixel, temperature > 0 divides the logits and only the top_k likeliest colours are drawn.
+        given: (n, H, W) tokens, whose first `rows` rows are kept. generator: on the model's device. Keys and values are
+        cached, so that a pixel takes one position of the decoder, and a row one row of the encoder.
         """
         position = self.row_position + self.column_position                   # (H, W, C)
         height, width, channels = position.shape
@@ -305,7 +305,7 @@ def main(argv=None):
     generate, contrast, device = args.alpha > 0, args.beta > 0, cli.pick_device(args.device)
     if args.micro_batch is None:
         image = 50 * args.width * args.image_size**2 * (4 * args.encoder_layers + args.decoder_layers)  # bytes, about
-        room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31    # few leave a GPU idle
+        room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31    # small parts idle it
         args.micro_batch = math.ceil(args.batch_size / math.ceil(args.batch_size * image / room))  # in even parts
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
@@ -339,7 +339,7 @@ def main(argv=None):
     progress = run.progress(args.epochs, len(batches), args.batch_size, notes)
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
     run.watch(autocast, {"trained": encoder})
-    first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
+    first_epoch, first_step = run.restore()                                   # (0, 0) unless --resume
     net.train()
     with run:
         for epoch in range(first_epoch, args.epochs):

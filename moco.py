@@ -19,7 +19,7 @@ The representation that is kept and evaluated is f_q without its head.
     python moco.py --dataset cifar10                        # ResNet-18, 200 epochs
 
 Differences from the papers: --bn-groups and shuffling also work on one device; a query's own vector in the memory
-bank is no negative; the bank's views are flipped and it starts from the untrained encoder's outputs (Wu et al.: no
+bank is not a negative; the bank's views are flipped and it starts from the untrained encoder's outputs (Wu et al.: no
 flips, random vectors); nce estimates Z on each batch (Wu et al.: on the first; on `shapes` the loss then rises to
 hundreds); --symmetric averages both directions (MoCo's CIFAR demo: their sum); inputs are in [0, 1].
 
@@ -63,7 +63,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
     """Batch norm that normalises `groups` equal parts of the batch separately, as on that many GPUs."""
 
     def __init__(self, channels, groups):
-        super().__init__(channels, momentum=1 - 0.9 ** (1 / groups))          # `groups` updates, as much as one by 0.1
+        super().__init__(channels, momentum=1 - 0.9 ** (1 / groups))          # `groups` updates equal one by 0.1
         self.groups = groups
 
     def forward(self, x):
@@ -127,7 +127,7 @@ class MoCo(nn.Module):
         q = distributed.gather(q)
         if self.dictionary == "memory-bank":
             contrast = functools.partial(nce, images=len(self.bank)) if self.contrast == "nce" else info_nce
-            own = index[:, None] == drawn                                     # (N, K): not its own negative
+            own = index[:, None] == drawn                                     # (N, K): true for its own vector
             return contrast(q, self.bank[index], self.bank[drawn], tau, own=own), h, q, None
         if self.dictionary == "end-to-end":
             k = shuffled(self.query, x_k, order)
@@ -278,7 +278,7 @@ def main(argv=None):
     images, batches = run.data(store_size=args.store_size or 2 * args.image_size)
 
     n, bank = len(images.train), args.dictionary == "memory-bank"
-    if args.dictionary == "queue" and args.negatives is None:                 # 4,096 of CIFAR-10's, as in MoCo's demo
+    if args.dictionary == "queue" and args.negatives is None:                 # 4,096 for CIFAR-10, as in MoCo's demo
         args.negatives = max(1, min(65536, n // 12 // 256 * 256 or n // 12))
     if args.dictionary == "queue" and args.negatives > n / 4:
         raise Refusal(f"--negatives {args.negatives} is more than a quarter of the {n} images, so that a query often "
@@ -302,7 +302,7 @@ def main(argv=None):
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
     run.watch(autocast, {"trained": model.query.encoder})
-    first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
+    first_epoch, first_step = run.restore()                                   # (0, 0) unless --resume
     net.train()
     if bank and first_epoch == first_step == 0:
         # From random vectors, training first learns to avoid all images seen so far, which takes long to unlearn.

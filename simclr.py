@@ -13,15 +13,15 @@ The loss is the mean over the 2N views. The representation that is kept and eval
 
 Sources of the defaults: cifar10 follows dkobak/simclr-cifar10 (SGD, batches of 512, decay 5e-4, crops of 0.2 or more),
 which reports 85.6 % linear after 100 epochs with a rate of 0.06, and 91.7 % after 1,000 with 0.03. Greyscale for 0.2 of
-the views and a hidden layer as wide as h are the paper's (there: 0.1, which worked better, and 1,024). folder follows
+the views and a hidden layer as wide as h are the paper's (dkobak: 0.1, which worked better, and 1,024). folder follows
 the paper's ImageNet recipe (LARS, section 2.2; tau 0.1, table 5); --optimizer lars uses the authors' CIFAR-10 rate.
 
-Differences from the paper: the head has two layers without batch norm (authors' code: three with it, --head mlp-bn),
-and no batch norm starts at 0 (authors' code: the last of each block); in 10 epochs of 10,000 images the former gains
-nothing, the latter one point. Weight decay skips biases and batch norm under SGD, too. Inputs are in [0, 1], as there.
+Differences from the paper: weight decay skips biases and batch norm under SGD, too. Unlike in the authors' code, the
+head has two layers without batch norm, as in the paper (there: three with it, --head mlp-bn), and no batch norm starts
+at 0 (there: the last of each block); in 10 epochs of 10,000 images their head gains nothing, their zeros one point.
 
 Measured, linear probe / kNN: `shapes` 76.9 +- 3.1 / 58.4 +- 0.2 over three seeds (untrained 30.9 / 15.9), a minute on
-one core of a Xeon with AMX; CIFAR-10 with `--small` 64.4 +- 0.5 / 61.1 +- 0.1 over two (38.2 / 33.0), 69 min, and
+one core of a Xeon with AMX; CIFAR-10 with `--small` 64.4 +- 0.5 / 61.1 +- 0.1 over two (38.2 / 33.0), 60 min, and
 with `--width 32 --epochs 26` 70.2 / 65.1, z 66.0 / 66.4 (41.8 / 34.5), 142 min.
 """
 import functools
@@ -38,7 +38,7 @@ from common.run import Run, cosine
 
 
 RECIPE = ("crop", "flip", "colour", "grey")
-STUDIED = ("cutout", "rotation", "noise", "sobel")  # in figure 5 of the paper, with these and blur
+STUDIED = ("cutout", "rotation", "noise", "sobel")  # also in figure 5 of the paper, as is blur
 
 
 def view(x, rng, size, crop_min, jitter, blur, aspect=None, names=RECIPE):
@@ -244,7 +244,7 @@ def arguments(argv):
     number("--jitter", 0.5, "[0, inf)", "strength s of the colour distortion (ImageNet: 1)")
     add("--augmentations", nargs="+", choices=RECIPE + STUDIED, default=list(RECIPE), metavar="NAME",
         help="operations on the views: " + ", ".join(RECIPE + STUDIED) + "; and --blur")
-    add("--one-branch", action="store_true", help="only crop one of the two views, as in figure 5 of the paper")
+    add("--one-branch", action="store_true", help="one view is a crop, the other is made from that crop (figure 5)")
     number("--blur", 0.0, "[0, 1]", "probability of blurring a view (ImageNet: 0.5)")
     number("--warmup", 0.0, "[0, 1]", "share of the epochs in which the learning rate rises")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="lars is the paper's")
@@ -301,7 +301,7 @@ def main(argv=None):
                                     blur=args.blur, names=args.augmentations)
 
     def two_views(x, rng, aspect):
-        if args.one_branch:                                                   # a crop, and all operations on it
+        if args.one_branch:                                                   # a crop, and --augmentations of it
             crop = random_view(x, rng, aspect=aspect, blur=0.0, names=["crop"])
             return random_view(crop, rng), crop
         return random_view(x, rng, aspect=aspect), random_view(x, rng, aspect=aspect)
@@ -314,9 +314,9 @@ def main(argv=None):
                        math.log(max(1, len(images.classes))))}[args.loss]
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
-    projection = nn.Sequential(model.encoder, model.head)                     # z, which is worse than h (section 4.2)
+    projection = nn.Sequential(model.encoder, model.head)                     # z, worse in the paper (section 4.2)
     run.watch(autocast, {"trained": model.encoder, "projection": projection})
-    first_epoch, first_step = run.restore()                                   # (0, 0) but on --resume
+    first_epoch, first_step = run.restore()                                   # (0, 0) unless --resume
     net.train()
     with run:
         for epoch in range(first_epoch, args.epochs):

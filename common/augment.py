@@ -4,8 +4,8 @@
 Images x are (N, 3, H, W) floats in [0, 1] on any device. The `random_` functions draw parameters as torchvision's
 transforms do, but on the CPU, so that a seed gives the same views on every device. They return lists of steps,
 (operation, *parameters); `apply` sends the parameters of all steps to the device at once and runs them. With the same
-parameters, each operation agrees with the function of the same name in `torchvision.transforms.functional`. The recipes
-are in the scripts.
+parameters, operations agree with the functions of the same name (if any) in `torchvision.transforms.functional`. The
+recipes are in the scripts.
 """
 import functools
 import itertools
@@ -57,7 +57,7 @@ def apply(x, steps):
 
 
 def where(mask, operation, *parameters):
-    """A list of one step, which applies the operation to the images where mask (N,) is true only, or an empty list if
+    """A list of one step, which applies the operation only to the images where mask (N,) is true, or an empty list if
     there are none: the other images cost nothing."""
     def replace(x, index, *parameters):
         index = index.long()

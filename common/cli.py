@@ -66,7 +66,7 @@ class RunParser(Parser):
         number("--image-size", 32, "[8, inf)", "side of the images in pixels")
         if photographs:
             number("--store-size", None, "[8, inf)", "side to which a folder's photographs are resized whole before "
-                   "views are cut from them (default: twice the image size, or the largest photograph's side)", int)
+                   "views are cut from them (default: twice the image size or, if less, the largest photo's side)", int)
         number("--epochs", epochs, "[1, inf)", "passes over the training images")
         number("--batch-size", batch_size, "[2, inf)", "images per step, over all processes")
         number("--seed", 0, "[0, 4294967295]", "random seed of weights, order, augmentation and generated images")

@@ -113,8 +113,8 @@ class Batches:
 
 def epoch_order(n, batch_size, seed, epoch, rank=0, world=1, every=False):
     """The batches of this process in an epoch: (steps, batch_size // world) indices below n, determined by seed and
-    epoch. Images that do not fill a last batch are left out, others in each epoch; or, if `every`, the first images of
-    the order fill it up."""
+    epoch. Images that do not fill a last batch are left out, different ones in each epoch; or, if `every`, the first
+    images of the order fill it up."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     steps = -(-n // batch_size) if every else n // batch_size
     return order.repeat(2)[: steps * batch_size].view(-1, world, batch_size // world)[:, rank]
@@ -124,9 +124,9 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
     """The data set `name` (one of NAMES) as a Data of image_size x image_size images.
 
     `shapes` and `patterns` have 2,000 training images, of which 500 are labelled, and 1,000 test images; with more
-    labels, neighbours in pixel space would already tell the classes. data_dir: the folder of downloads or of the user's
+    labels, neighbours in pixel space would already suffice. data_dir: the folder of downloads or of the user's
     images, or a list of `aligned` folders, whose images are stacked, 3 channels each. cache_gb: how many 10^9 bytes may
-    be kept on the device; more is streamed by `workers` processes. seed: of `shapes` and `patterns`. store_size: the
+    be kept on the device; else `workers` processes stream all of it. seed: of `shapes` and `patterns`. store_size: the
     side of the squares to which a folder's training images are resized whole (at most the largest image's), so that
     views can be cut from the whole photograph; None: they are cropped. Raises Refusal if images are missing or broken.
     """
@@ -159,7 +159,7 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
 class Decoder(Dataset):
     """Gives read(image, S) for each image of a source, by default uint8 (channels, S, S). The source contains paths,
     (image, label) pairs, or lists of paths whose images are stacked. For an image that cannot be read it gives an error
-    message, as a DataLoader would wrap an exception in the worker's traceback."""
+    message, because a DataLoader would wrap an exception in the worker's traceback."""
 
     def __init__(self, source, image_size=1, channels=3, read=None):
         self.source, self.shape, self.read = source, (channels, image_size, image_size), read or to_pixels

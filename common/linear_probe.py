@@ -93,7 +93,7 @@ def mlp(train_x, train_y, test_x, test_y, hidden=200, dropout=0.1, batch_size=25
 
 @torch.no_grad()
 def knn(train_x, train_y, test_x, test_y, k=200, tau=0.1):
-    """Test accuracy in [0, 1] of the k nearest training features by cosine, weighted e^(cosine / tau).
+    """Test accuracy in [0, 1] of a vote of the k nearest training features, weighted by e^(cosine / tau).
 
     Shapes as in `linear_probe`. Wu et al. 2018 (1805.01978), section 3.4; k is at most the size of the training set.
     """
@@ -168,7 +168,7 @@ class WhitenedPixels(torch.nn.Module):
 def feature_std(h):
     """The standard deviation of normalised features: the root mean square distance of h / |h|, h (N, D), from its mean,
     a scalar tensor from 0 (collapse: one direction, or all h are 0) to 1 (spread over the sphere). SimSiam (Chen & He
-    2020, 2011.10566) plots its mean over the D dimensions, which is 1 / sqrt(D) of it if all vary equally."""
+    2020, 2011.10566) plots the mean deviation of a dimension, 1 / sqrt(D) of this if all vary equally."""
     h = F.normalize(h.detach().float(), dim=1)
     return (h.square().sum(dim=1).mean() - h.mean(dim=0).square().sum()).clamp(min=0).sqrt()
 

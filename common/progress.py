@@ -50,7 +50,7 @@ class Progress:
             self.read_at = self.run.since
             self.read()
             self.first_at = self.read_at
-            # Unless something is compiled or loaded in it, a slow first step is typical, and reported at once.
+            # Unless something is compiled or loaded in it, a slow first step is typical of all, and reported at once.
             like_others = self.run.device.type == "cpu" and not self.run.settings["compile"]
             self.line_at = FIRST_LINE + (self.run.since if like_others else self.first_at)
         else:

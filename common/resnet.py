@@ -67,8 +67,8 @@ class ResNet(nn.Module):
                     module.__class__ = NarrowShortcut
 
     def forward(self, x):
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))                  # (N, width, H, W) | / 4 by "imagenet"
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))             # (N, feature_dim, H / 8, W / 8) | / 32
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))                  # (N, width, H, W); "imagenet": H / 4
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))             # (N, feature_dim, H / 8, W / 8); or / 32
         return x.mean(dim=(2, 3))                                             # (N, feature_dim)
 
     def stages(self):

@@ -32,7 +32,7 @@ class Run:
         follow from them, to be printed as well.
 
         The folder is settings["resume"], or a new one: settings["out"], or the next free runs/METHOD-DATASET-SEED[-2,
-        -3, ...]. It is created when training starts (`with run:`), so that no interruption before leaves one behind.
+        -3, ...]. It is created when training starts (`with run:`), so that an earlier interruption leaves none behind.
         Raises Refusal if settings["out"] is taken.
         """
         self.method, self.settings, self.device, self.rank = Path(script).stem, settings, device, rank
@@ -139,7 +139,7 @@ class Run:
 
         autocast: a context. encoders: {row of the table: Module}, among them "trained", which is saved in encoder.pt.
         """
-        if self.rank > 0:                                                     # they wait for it in the next step
+        if self.rank > 0:                                                     # these wait in the next step
             return
         self.autocast, copies = autocast, copy.deepcopy(encoders)
         for row, encoder in encoders.items():

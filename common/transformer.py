@@ -77,7 +77,7 @@ class Block(nn.Module):
 
 
 def init_weights(module, depth):
-    """As in GPT-2: normal with deviation 0.02, the last layers of shortcuts scaled by 1 / sqrt(2 depth); biases 0."""
+    """As in GPT-2: normal with deviation 0.02, residual branches' last layers scaled by 1 / sqrt(2 depth); biases 0."""
     for name, child in module.named_modules():
         if isinstance(child, (nn.Linear, nn.Embedding)):
             ends_shortcut = name.endswith(("attention.out", "mlp.2"))

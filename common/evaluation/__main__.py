@@ -22,7 +22,7 @@ def arguments(argv):
     number("--labels", None, "(0, 1]", "also probe with these fractions of the labels, e.g. 0.01 0.1", nargs="+",
            metavar="SHARE", kind=float)
     number("--draws", 5, "[1, inf)", "random draws of labels for each fraction")
-    add("--finetune", action="store_true", help="fine-tune the encoder on the labels, and train the same from scratch")
+    add("--finetune", action="store_true", help="fine-tune the encoder on the labels, and train one from scratch")
     number("--frozen-stages", [0], "[0, inf)", "number of first stages that --finetune keeps frozen, or several "
         "numbers to compare", nargs="+", metavar="N", kind=int)
     number("--epochs", None, "[1, inf)", "passes of --finetune over the labelled images; twice as many from scratch "

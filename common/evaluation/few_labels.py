@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Evaluation with few labels: a linear probe of the frozen encoder, or fine-tuning of all or of its last stages,
+"""Evaluation with few labels: a linear probe of the frozen encoder, or fine-tuning of all of it or of its last stages,
 compared with the same network trained from scratch."""
 import copy
 import statistics

@@ -24,8 +24,8 @@ def arguments(argv, script):
         "--frechet 500)", kind=int)
     add("--complete", nargs="+", metavar="IMAGE", default=[],
         help="complete your images: keep the upper half and sample the lower half, six times each")
-    add("--frechet", metavar="RUN", help="Frechet distance between samples and half of the test images, in the "
-        "features of this run of any script, compared with that between both halves; all sets have the same size")
+    add("--frechet", metavar="RUN", help="Frechet distance between samples and as many test images, in the "
+        "features of this run (of any script), compared with that between two such sets of test images")
     number("--seed", None, "[0, 4294967295]", "random seed (default: that of the run)", kind=int)
     add("--device", help="auto, cpu, mps, cuda or cuda:N (default: that of the run)")
     add("--data-dir", metavar="DIR", help="folder of the run's data set (default: where it was)")
@@ -104,7 +104,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 def distance(x, y):
     """frechet_distance of Gaussians fitted to features x (N, D) and y (M, D), N and M at least 2. It is biased upwards,
-    the more the fewer the images, so that only distances for the same number of images can be compared."""
+    more so with fewer images, so that only distances for the same number of images can be compared."""
     x, y = x.cpu().double(), y.cpu().double()
     return frechet_distance(x.mean(dim=0), torch.atleast_2d(x.T.cov()), y.mean(dim=0), torch.atleast_2d(y.T.cov()))
 
@@ -123,11 +123,11 @@ def features(encoder, image_size, images, device, batch_size=256):
 
 
 def frechet_distances(judge, samples, test, seen, device):
-    """Frechet distances to a random half of the test images: {"images", "samples", "test", "seen"}.
+    """Frechet distances to n random test images: {"images", "samples", "test", "seen"}.
 
     judge: (settings, encoder) of `runs.load_encoder`. samples: (N, 3, S, S). test: Images or None. seen(uint8 images):
-    these as the samples' model sees them. "test" is the distance of the other half of the test images, a lower limit;
-    "seen" is that of the other half as seen. "images": the size of each set, the same for all so that the bias is, too.
+    these as the samples' model sees them. "test" is the distance of n other test images, a lower limit;
+    "seen" is that of these as seen. "images": the size of each set, the same for all so that the bias is, too.
     """
     n = min(len(samples), len(test or ()) // 2)
     if n < 2:
