@@ -15,8 +15,10 @@ are their normalised projections:
     python gcrl.py --sample RUN --temperature 0.9           # samples images from a saved run
 
 Differences from the paper: --alpha weights L_g / (D - 1), the mean over the predicted tokens, so --alpha D-1 gives the
-equation above. On CIFAR-10 at 12 x 12, alpha 8 and D-1 reached the likelihood of --beta 0; alpha 8 also kept the linear
-probe of --alpha 0, D-1 only that of --beta 0. Network, tau, weak view, schedule and 32 x 32 tokens are our choices.
+equation above. Network, tau, weak view, schedule and 32 x 32 tokens are our choices.
+
+Measured, linear / kNN: `shapes`, three seeds, 42.9 / 21.1 (untrained 22.6 / 11.5); CIFAR-10, --small, two seeds, 51.8 /
+47.2, 1.842 nats a token; alpha 8 52.9 / 47.2, 1.809; alpha 0 50.4 / 46.0; beta 0 50.0 / 39.6, 1.787 (36.7 / 31.1).
 """
 import math
 import sys
@@ -157,9 +159,8 @@ class GCRL(nn.Module):
     def forward(self, x1, x2, generate, contrast, micro_batch=None):
         """What a training step needs: log p(x1) (N,) or None, z1 and z2 (N, z_dim) or None, and the features.
 
-        micro_batch: how many of the N images go through the network at once (None: all). If fewer, activations are
-        recomputed in the backward pass, so that memory is that of one micro-batch while NT-Xent still compares all N
-        (gradient caching, Gao et al. 2021, 2101.06983).
+        micro_batch: images that go through the network at once (None: all). If fewer, activations are recomputed in the
+        backward pass: memory is that of a part, NT-Xent compares all N (gradient caching, Gao et al. 2021, 2101.06983).
         """
         if micro_batch is None or micro_batch >= len(x1):
             return self.outputs(x1, x2, generate, contrast)
@@ -187,8 +188,7 @@ class GCRL(nn.Module):
         position = self.row_position + self.column_position                   # (H, W, C)
         height, width, channels = position.shape
         tokens = torch.zeros(n, height, width, dtype=torch.int64, device=position.device)
-        if rows > 0:
-            tokens[:, :rows] = given[:, :rows]
+        tokens[:, :rows] = given[:, :rows] if rows > 0 else 0
         columns = [block.new_cache(n * width, height) if block.axis == "column" else None for block in self.encoder]
         rowwise = [block.new_cache(n, width) for block in self.decoder]
         above = position.new_zeros(n, width, channels)                        # the encoder's output on the row before
