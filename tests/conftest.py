@@ -5,8 +5,10 @@ import functools
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +154,39 @@ def ended(background):
             pytest.fail(f"the program of {name!r} ended with {process.poll()}:\n" + "\n".join(words), pytrace=False)
         return folder
     return wait
+
+
+def program(words, folder, output):
+    """What `python WORDS` does in the folder: a script, -m module or -c code, with arguments. output: two files."""
+    multiprocessing.set_start_method(None, force=True)                        # the system's own, for DataLoader
+    os.chdir(folder)
+    for descriptor, path in enumerate(output, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.path[:] = [str(folder), *(path for path in sys.path if path and not Path(path).is_relative_to(ROOT))]
+    sys.argv = {"-c": ["-c", *words[2:]], "-m": words[1:]}.get(words[0], words)
+    if words[0] == "-c":
+        exec(words[1], {"__name__": "__main__"})
+    elif words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+
+
+@pytest.fixture
+def good(tmp_path):
+    """good(words, folder): what `python WORDS` prints in the folder, which has to come to a good end. The process is
+    forked from one that has imported torch, which takes most of the time otherwise."""
+    context, output = multiprocessing.get_context("forkserver"), (tmp_path / "stdout", tmp_path / "stderr")
+    context.set_forkserver_preload(["torch", "torchvision"])
+
+    def run(words, folder):
+        process = context.Process(target=program, args=(list(map(str, words)), folder, output))
+        process.start()
+        process.join(120)
+        process.kill()
+        assert process.exitcode == 0, output[1].read_text()
+        return output[0].read_text()
+    return run
 
 
 @pytest.fixture

@@ -29,10 +29,6 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-def command(name, argv, cwd):
-    return subprocess.run([sys.executable, name, *argv], cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
 # ---- what a run leaves
 
 
@@ -298,7 +294,8 @@ def test_small_is_for_real_images(script):
 
 def test_program_refuses(here, tiny):
     """As a program: exit status 2, one line on stderr, no traceback, nothing on stdout, nothing written."""
-    done = command(ROOT / "gcrl.py", tiny(gcrl, "--tau", "0"), here)
+    done = subprocess.run([sys.executable, ROOT / "gcrl.py", *tiny(gcrl, "--tau", "0")], cwd=here, capture_output=True,
+                          text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(r"gcrl\.py: .*--tau.*\n", done.stderr)
     assert not list(here.iterdir())
@@ -419,22 +416,16 @@ def copy_of(here):
     return make
 
 
-def good(name, argv, cwd):
-    done = command(name, list(map(str, argv)), cwd)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_changed_copy_is_trained_resumed_and_judged_as_itself(copy_of, tiny, here):
+def test_a_changed_copy_is_trained_resumed_and_judged_as_itself(copy_of, tiny, here, good):
     """cp simclr.py mine.py, a width of one's own in the encoder: runs, settings, and judgement are mine's."""
     path = Path(copy_of(simclr, "mine"))
     path.write_text(path.read_text().replace("args.width)", "2 * args.width)"))
-    assert "mine: dataset folder" in good("mine.py", tiny(simclr, "--epochs", 1), here / "project")
+    assert "mine: dataset folder" in good(["mine.py", *tiny(simclr, "--epochs", 1)], here / "project")
     run = here / "project" / "runs" / "mine-folder-0"
     assert json.loads((run / "args.json").read_text())["method"] == "mine"
     both = ("import sys, mine; from common.evaluation import __main__ as evaluation; "
             "mine.main(['--resume', sys.argv[1]]); evaluation.main([sys.argv[1], '--device', 'cpu', '--amp', 'off'])")
-    out = good("-c", [both, run], here / "project")
+    out = good(["-c", both, run], here / "project")
     stored, told = (json.loads((run / name).read_text()) for name in ("result.json", "evaluation.json"))
     for row, accuracy in told["folder"]["linear"].items():
         assert accuracy == stored["linear"][row]
@@ -443,7 +434,7 @@ def test_a_changed_copy_is_trained_resumed_and_judged_as_itself(copy_of, tiny, h
         simclr.main(["--resume", run])
 
 
-def test_in_somebodys_package(copy_of, tiny, here):
+def test_in_somebodys_package(copy_of, tiny, here, good):
     """`common` is another thing there: two lines of the script name the package's own, and it trains and is judged."""
     path = Path(copy_of(simclr, "pretrain", "project/pkg"))
     (here / "project" / "pkg" / "__init__.py").touch()
@@ -452,8 +443,8 @@ def test_in_somebodys_package(copy_of, tiny, here):
     text, edits = re.subn(r"^from common", "from .common", text, flags=re.M)
     assert edits == 2
     path.write_text(text)
-    good("-m", ["pkg.pretrain", *tiny(simclr, "--epochs", 1, "--out", "run")], here / "project")
-    good("-m", ["pkg.common.evaluation", "run", "--device", "cpu", "--amp", "off"], here / "project")
+    good(["-m", "pkg.pretrain", *tiny(simclr, "--epochs", 1, "--out", "run")], here / "project")
+    good(["-m", "pkg.common.evaluation", "run", "--device", "cpu", "--amp", "off"], here / "project")
     assert json.loads((here / "project" / "run" / "evaluation.json").read_text())["folder"]["linear"]
 
 

@@ -2,8 +2,6 @@
 """What a user takes away: features in a file, a map, neighbours, the encoder in a line, and a backbone of one's own."""
 import itertools
 import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -198,7 +196,7 @@ EDIT = '''    encoder = torchvision.models.mobilenet_v3_small()
 '''
 
 
-def test_a_backbone_of_ones_own(tiny, images, tmp_path):
+def test_a_backbone_of_ones_own(tiny, images, tmp_path, good):
     """README's edit in a copy of simclr.py: torchvision's MobileNet trains, is judged, fine-tuned and loaded."""
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
     text = (ROOT / "simclr.py").read_text()
@@ -210,14 +208,10 @@ def test_a_backbone_of_ones_own(tiny, images, tmp_path):
     readme = (ROOT / "README.md").read_text()
     assert all(line.strip() in readme for line in EDIT.splitlines())
 
-    def good(*words):
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-    good("mine.py", *tiny("simclr", "--image-size", 32, "--epochs", 1, "--batch-size", 40, "--out", "run"))
+    good(["mine.py", *tiny("simclr", "--image-size", 32, "--epochs", 1, "--batch-size", 40, "--out", "run")], tmp_path)
     flags = ["run", "--finetune", "--epochs", 1, "--frozen-stages", 1, "--device", "cpu", "--amp", "off"]
-    out = good("-c", f"import common.evaluation, torch; from common.evaluation.__main__ import main; main({flags}); "
-               "print(*common.evaluation.load('run')(torch.rand(2, 3, 32, 32)).shape)")
+    out = good(["-c", f"import common.evaluation, torch; from common.evaluation.__main__ import main; main({flags}); "
+                "print(*common.evaluation.load('run')(torch.rand(2, 3, 32, 32)).shape)"], tmp_path)
     assert "mine  " in out and "1 of 3 stages frozen" in out and out.endswith("2 576\n")
 
 
