@@ -416,11 +416,15 @@ def copy_of(here):
     return make
 
 
-def test_a_changed_copy_is_trained_resumed_and_judged_as_itself(copy_of, tiny, here, good):
+def test_a_changed_copy_is_trained_resumed_and_judged_as_itself(copy_of, either, tiny, here, good):
     """cp simclr.py mine.py, a width of one's own in the encoder: runs, settings, and judgement are mine's."""
-    path = Path(copy_of(simclr, "mine"))
-    path.write_text(path.read_text().replace("args.width)", "2 * args.width)"))
-    assert "mine: dataset folder" in good(["mine.py", *tiny(simclr, "--epochs", 1)], here / "project")
+    path = Path(copy_of(either, "mine"))
+    text = path.read_text()
+    for old, new in (("args.width)", "2 * args.width)"), ("args.width, args.encoder_layers, args.decoder_layers, "
+                                                         "args.heads)", "2 * args.width, 1, 1, args.heads)")):
+        text = text.replace(old, new)
+    path.write_text(text)
+    assert "mine: dataset folder" in good(["mine.py", *tiny(either, "--epochs", 1)], here / "project")
     run = here / "project" / "runs" / "mine-folder-0"
     assert json.loads((run / "args.json").read_text())["method"] == "mine"
     both = ("import sys, mine; from common.evaluation import __main__ as evaluation; "
@@ -431,7 +435,7 @@ def test_a_changed_copy_is_trained_resumed_and_judged_as_itself(copy_of, tiny, h
         assert accuracy == stored["linear"][row]
     assert told["folder"]["linear"].keys() == {"pixels", "untrained", "trained"} and re.search(r"^mine  ", out, re.M)
     with pytest.raises(Refusal, match="is a run of mine.py"):
-        simclr.main(["--resume", run])
+        either.main(["--resume", run])
 
 
 def test_in_somebodys_package(copy_of, tiny, here, good):
