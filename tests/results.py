@@ -441,8 +441,8 @@ def curves(found, path):
 
 
 def overview(simclr, gcrl, path, height=330, gap=12):
-    """One PNG of two runs' pictures, side by side: views, nearest neighbours, the curve, and samples."""
-    names = [simclr / "views.png", simclr / "neighbours.png", simclr / "curve.png", gcrl / "samples.png"]
+    """One PNG of two runs' pictures, side by side: views, nearest neighbours, the curve, and completions."""
+    names = [simclr / "views.png", simclr / "neighbours.png", simclr / "curve.png", gcrl / "completions.png"]
     parts = [Image.open(name).convert("RGB") for name in names]
     parts = [part.resize((round(part.width * height / part.height), height), Image.LANCZOS) for part in parts]
     sheet, left = Image.new("RGB", (sum(part.width + gap for part in parts) - gap, height), "white"), 0

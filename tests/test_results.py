@@ -194,7 +194,7 @@ def test_curves(tmp_path, monkeypatch):
 
 
 def test_pictures(tmp_path, monkeypatch):
-    for number, name in enumerate(("views", "neighbours", "curve", "samples")):
+    for number, name in enumerate(("views", "neighbours", "curve", "completions")):
         Image.new("RGB", (10 * (number + 1), 10), (50 * number, 0, 0)).save(tmp_path / f"{name}.png")
     monkeypatch.setattr(results, "RESULTS", tmp_path / "kept")
     results.main(["--pictures", str(tmp_path), str(tmp_path)])
