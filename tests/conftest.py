@@ -19,6 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
+from parallel import pytest_runtestloop                                       # a hook
+
 ROOT = Path(__file__).parent.parent
 TINY = {"simclr": "--image-size 8 --width 4 --blur 0.5 --stem cifar",
         "moco": "--image-size 8 --width 4 --blur 0.5 --stem cifar --negatives 10 --bn-groups 2",
@@ -127,31 +129,29 @@ def finished(tiny, tmp_path_factory):
     return lambda script: run(getattr(script, "__name__", script))
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def background(request, tmp_path_factory, tiny):
-    """{fixture: (folder, process)}: programs that tests wait for run from the start, on what the tests leave of the
-    machine. A module starts the program of its fixture by start(folder, tiny)."""
-    started = {}
-    for name, module in (("two", "test_distributed"), ("alone", "test_scripts"), ("kills", "test_hostile")):
-        if any(name in item.fixturenames for item in request.session.items):
-            folder = tmp_path_factory.mktemp(name)
-            started[name] = folder, importlib.import_module(module).start(folder, tiny)
-    yield started
-    for _, process in started.values():
-        process.kill()
+    """(folder, process): the program that tests of a module wait for runs from the module's first test on. The module
+    starts it by start(folder, tiny)."""
+    if not any("ended" in item.fixturenames for item in request.session.items if item.path == request.path):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("background")
+    process = request.module.start(folder, tiny)
+    yield folder, process
+    process.kill()
 
 
 @pytest.fixture(scope="session")
-def ended(background):
-    """ended(fixture): the folder of its program, when that has come to a good end."""
-    def wait(name):
-        folder, process = background[name]
+def ended():
+    """ended(folder, process): the folder, when the process with its output there has come to a good end."""
+    def wait(folder, process):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=300)
         if process.poll() != 0:
             words = [f"---- {file.relative_to(folder)}\n" + "\n".join(file.read_text().splitlines()[-50:])
                      for file in (folder / "output", *sorted(folder.glob("logs/**/std*.log")))]
-            pytest.fail(f"the program of {name!r} ended with {process.poll()}:\n" + "\n".join(words), pytrace=False)
+            pytest.fail(f"the program ended with {process.poll()}:\n" + "\n".join(words), pytrace=False)
         return folder
     return wait
 

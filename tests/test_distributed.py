@@ -96,9 +96,9 @@ def start(folder, tiny):
 
 
 @pytest.fixture(scope="module")
-def two(ended):
+def two(background, ended):
     """The folder of the runs in two processes."""
-    return ended("two")
+    return ended(*background)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -197,15 +197,15 @@ def test_a_failing_process_ends_the_other(how, failing, tiny, tmp_path):
         assert errors.endswith("gcrl.py: no such file\n") and "Traceback" not in errors
 
 
-def test_a_failing_set_up_shows_what_the_processes_wrote(background, ended, tmp_path):
+def test_a_failing_set_up_shows_what_the_processes_wrote(ended, tmp_path):
     (tmp_path / "program.py").write_text("import os\nfor i in range(60): print('line', i, 'of', os.environ['RANK'])\n"
                                          "raise SystemExit('the reason')\n")
     with open(tmp_path / "output", "w") as output:
-        background["broken"] = tmp_path, subprocess.Popen(
+        process = subprocess.Popen(
             [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--log-dir", tmp_path / "logs", "--redirects", "3",
              tmp_path / "program.py"], env=ENVIRONMENT, stdout=output, stderr=output)
     with pytest.raises(pytest.fail.Exception) as failure:
-        ended("broken")
+        ended(tmp_path, process)
     text = str(failure.value)
     assert "the reason" in text
     assert any(f"line 10 of {rank}\n" in text and f"line 9 of {rank}\n" not in text for rank in (0, 1))

@@ -437,8 +437,8 @@ def start(folder, tiny):
 
 
 @pytest.fixture(scope="module")
-def kills(ended):
-    return ended("kills")
+def kills(background, ended):
+    return ended(*background)
 
 
 def test_kills(kills):

@@ -386,10 +386,10 @@ def start(root, tiny):
         return subprocess.Popen([sys.executable, "-c", ALONE, json.dumps(jobs)], cwd=root, stdout=output, stderr=output)
 
 
-@pytest.fixture(scope="session")
-def alone(ended):
+@pytest.fixture(scope="module")
+def alone(background, ended):
     """The folder of the scripts' folders."""
-    return ended("alone")
+    return ended(*background)
 
 
 def test_script_and_common_alone(script, alone):
