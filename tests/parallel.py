@@ -57,8 +57,8 @@ def pytest_runtestloop(session):
     for test in session.items:
         files.setdefault(test.path, []).append(test)
     processes = min(len(files), len(os.sched_getaffinity(0)) if CAN_FORK else 1)
-    if processes < 2 or session.testsfailed or any(config.getoption(name) for name in ("collectonly", "usepdb", "trace")) or (
-            config.getoption("capture") == "no"):
+    watched = config.getoption("capture") == "no" or config.getoption("usepdb") or config.getoption("trace")
+    if processes < 2 or watched or session.testsfailed or config.getoption("collectonly"):
         return None
     files = [files[path] for path in sorted(files, key=lambda path: path.stat().st_size, reverse=True)]
     files += [[]] * processes                                                 # each process ends at an empty one
