@@ -37,7 +37,7 @@ def run_files(session, files, numbers, connection):
     config = session.config
     config.workerinput = {}                             # by this, plugins know that it is not this process that reports
     config.pluginmanager.getplugin("capturemanager").start_global_capturing()
-    config.pluginmanager.unregister(name="terminalreporter")
+    config.get_terminal_writer()._file = open(os.devnull, "w")                # the first process prints
     config.pluginmanager.register(Sender(config, connection))
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):             # the first process has stopped
         try:
