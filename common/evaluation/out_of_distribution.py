@@ -4,12 +4,11 @@
 Scores are higher for stranger images; out-of-distribution images ("outside") are the positive class, as in Hendrycks et
 al. 2018 (1812.04606).
 """
-import io
 import math
+import zlib
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.functional import to_pil_image
 
 from .. import Refusal, linear_probe
 
@@ -78,24 +77,24 @@ def knn_distance(train_x, x, k=50):
     return (2 - 2 * nearest).clamp(min=0).sqrt()
 
 
-def complexity(images):
-    """The size in bits of each image uint8 (M, 3, H, W) as a PNG: (M,) float64. Serra et al. 2019 (1909.11480) use this
-    as a measure of complexity, which they subtract from -log2 p(x). Pass the images as the model of p sees them."""
-    def bits(image):
-        to_pil_image(image).save(file := io.BytesIO(), "PNG", optimize=True)
-        return 8 * file.tell()
-    return torch.tensor([bits(image) for image in images.cpu()], dtype=torch.float64)
+def complexity(tokens):
+    """The bits to which zlib compresses each image's tokens, (M, H, W) below 2^16: (M,) float64. Serra et al. 2019
+    (1909.11480) subtract such a measure of complexity from -log2 p(x). It has to compress what p is the probability of:
+    RGB images of the tokens' colours take several times as many bits, beside which -log2 p(x) hardly counts."""
+    tokens = tokens.cpu().flatten(1)
+    planes = torch.cat([tokens % 256, tokens // 256], dim=1).byte()           # low bytes, then high: shorter
+    return torch.tensor([8 * len(zlib.compress(image.numpy().tobytes(), 9)) for image in planes], dtype=torch.float64)
 
 
 @torch.no_grad()
 def likelihoods(model, images, autocast):
-    """-log p of the images in nats, and their complexity in bits, both through the model's tokens: (M,), (M,)."""
+    """-log p of the images' tokens in nats, and the tokens' complexity in bits: (M,), (M,)."""
     nats, bits, parts = [], [], torch.arange(len(images)).split(128)
     for x in linear_probe.counted(images.batches(parts), len(parts), "batches of likelihoods"):
         tokens = model.tokens(x)
         with autocast:
             nats.append(-model.log_prob(tokens).cpu().double())
-        bits.append(complexity((255 * model.images(tokens)).round().byte()))
+        bits.append(complexity(tokens))
     return torch.cat(nats), torch.cat(bits)
 
 
