@@ -12,9 +12,10 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.skipif(not parallel.CAN_FORK or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 FILES = {"conftest.py": "from parallel import pytest_runtestloop",
-         "test_a.py": "import pytest, time\ndef test_slow(): time.sleep(2)\n"
+         "torch.py": "class cuda:\n    is_available = staticmethod(lambda: False)",          # torch takes seconds
+         "test_a.py": "import pytest, time\ndef test_slow(): time.sleep(0.5)\n"
                       "@pytest.mark.skip\ndef test_skipped(): pass\ndef test_prints(): print('a word'); assert 1 == 2",
-         "test_b.py": "import os, time\ndef test_dies(): time.sleep(4); os._exit(7)",
+         "test_b.py": "import os, time\ndef test_dies(): time.sleep(2); os._exit(7)",
          "test_c.py": "def test_passes(): pass"}
 
 
