@@ -21,7 +21,7 @@ head has two layers without batch norm, as in the paper (there: three with it, -
 at 0 (there: the last of each block); in 10 epochs of 10,000 images their head gains nothing, their zeros one point.
 
 Measured, linear probe / kNN: `shapes` 76.9 +- 3.1 / 58.4 +- 0.2 over three seeds (untrained 30.9 / 15.9), a minute on
-one core of a Xeon with AMX; CIFAR-10 with `--small` 64.4 +- 0.5 / 61.1 +- 0.1 over two (38.2 / 33.0), 60 min, and
+one core of a Xeon with AMX; CIFAR-10 with `--small` 64.7 +- 0.7 / 61.1 over three (38.0 / 32.8), 60 min, and
 with `--width 32 --epochs 26` 70.2 / 65.1, z 66.0 / 66.4 (41.8 / 34.5), 142 min; with `--dataset cifar10 --epochs 100`
 79.7 / 74.4, z 74.0 / 72.8 (48.1 / 37.4), 4.4 min on an H100. All on the JPEG copies of README's tables.
 """
