@@ -23,7 +23,7 @@ on each batch (paper: on the first, where random vectors make it so small that n
 linear, untrained 18.7, one seed); an image's own vector is not a negative; inputs are only scaled to about [-1, 1].
 
 Measured, linear / kNN: `shapes` 52.0 / 34.8 over three seeds (untrained 22.5 / 11.8), 45 to 50 s on a core of a Xeon;
-CIFAR-10 with `--small` 51.3 / 48.0 (40.0 / 33.7), 44 min, with `--contrast nce --schedule steps --epochs 30` 52.2 /
+CIFAR-10 (JPEG), `--small`, 51.3 / 48.0 (40.0 / 33.7), 44 min, with `--contrast nce --schedule steps --epochs 30` 52.2 /
 47.1, 43 min.
 """
 import functools

@@ -20,7 +20,7 @@ lose two channels (v2: all, --colour-drop 1); v1's patches stay in colour (v1: a
 ResNet-161); Adam's rate follows a cosine; inputs are only scaled to [-1, 1].
 
 Measured, linear probe / kNN: `shapes` 58.2 +- 3.4 / 25.7 over three seeds, contexts 64.0 / 27.4 (untrained 22.7 /
-14.6), 37 to 48 s on one core of a Xeon; CIFAR-10 with `--small` 51.7 / 46.0, contexts 59.0 / 47.0 (35.9 / 33.3).
+14.6), 37 to 48 s on one core of a Xeon; CIFAR-10 (JPEG), `--small`, 51.7 / 46.0, contexts 59.0 / 47.0 (35.9 / 33.3).
 """
 import functools
 import math

@@ -27,7 +27,7 @@ in [0, 1], not normalised; DIM's scores are divided by sqrt(D); the global T sco
 (authors: a copy of the encoder's layers).
 
 Measured, linear / kNN: `shapes`, three seeds, 49.9 / 30.1 (untrained 27.7 / 18.2; --views 1, one seed, 20.3 linear),
-AMDIM 68.0 / 46.4 (33.7 / 16.9); CIFAR-10, --small, one view 59.0 / 53.9 (41.9 / 31.2), AMDIM 63.9 / 62.1 (31.2 / 28.3).
+AMDIM 68.0 / 46.4 (33.7 / 16.9); CIFAR-10 (JPEG), --small, 59.0 / 53.9 (41.9 / 31.2), AMDIM 63.9 / 62.1 (31.2 / 28.3).
 """
 import math
 
