@@ -271,7 +271,7 @@ def arguments(argv):
 def fill_banks(model, batches, rng, random_view, autocast):
     """Fills the banks with the untrained encoders' outputs for all images (`data.Batches`). From random vectors, as in
     the paper, training first learns to avoid the images seen so far, which takes many epochs to unlearn."""
-    for index, x in batches.every_image():
+    for _, index, x in batches.epoch(0, every=True):
         x = random_view(x, rng, aspect=batches.images.aspect[index])
         with autocast:
             z = model(x)[1]

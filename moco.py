@@ -306,7 +306,7 @@ def main(argv=None):
     net.train()
     if bank and first_epoch == first_step == 0:
         # From random vectors, training first learns to avoid all images seen so far, which takes long to unlearn.
-        for index, x in batches.every_image():
+        for _, index, x in batches.epoch(0, every=True):
             x = random_view(x, rng, aspect=images.train.aspect[index])
             with torch.no_grad(), autocast:
                 q = model.query(x)[1]

@@ -43,10 +43,8 @@ def send(x, device):
 
 def apply(x, steps):
     """Applies the steps to x (N, C, H, W), uint8 or floats in [0, 1]: floats on x's device. x itself does not change.
-
-    steps: [(operation, *parameters)]. Parameters are tensors on the CPU, sent as float32, in which integers below 2^24
-    are exact. An operation may write into its x, and may return a different number of images.
-    """
+    Parameters are sent as float32, in which integers below 2^24 are exact. An operation may write into its x, and may
+    return a different number of images."""
     flat = [torch.empty(0), *(p.float().flatten() for _, *parameters in steps for p in parameters)]
     _, *sent = send(torch.cat(flat), x.device).split([len(p) for p in flat])
     x = x.float() / 255 if x.dtype == torch.uint8 else x.clone()
@@ -123,10 +121,9 @@ def random_resized_crop(rng, shape, size, scale, aspect=None, ratio=(3 / 4, 4 / 
     aspect = torch.ones(n) if aspect is None else aspect
     tall, wide = (height / aspect.clamp(max=1)).round(), (width * aspect.clamp(min=1)).round()
     top, left, h, w = crop_boxes(rng, n, tall, wide, scale, ratio)
-    crop = functools.partial(resized_crop, size=size)
     h, w = (h * height / tall).clamp(min=1), (w * width / wide).clamp(min=1)  # thinner, it might miss all pixels
     top, left = torch.minimum(top * height / tall, height - h), torch.minimum(left * width / wide, width - w)
-    return [(crop, top, left, h, w)]
+    return [(functools.partial(resized_crop, size=size), top, left, h, w)]
 
 
 def random_horizontal_flip(rng, n):
@@ -153,8 +150,7 @@ def gaussian_blur(x, sigma, kernel_size):
     """Blurs each image with its own sigma (N,) in pixels; kernel_size is odd, borders are mirrored."""
     half = kernel_size // 2
     tap = torch.arange(-half, half + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)
-    kernel = kernel / kernel.sum(dim=1, keepdim=True)                         # (N, K)
+    kernel = (-0.5 * (tap / sigma[:, None]) ** 2).softmax(dim=1)              # (N, K)
 
     def matrix(size):                                                         # (N, size, size), mirrored taps folded in
         taps = F.pad(torch.eye(size, device=x.device)[None], (half, half), mode="reflect")[0].unfold(1, kernel_size, 1)
@@ -230,8 +226,7 @@ def jitter_parameters(rng, n, brightness, contrast, saturation, hue):
     strength, centre = torch.tensor([brightness, contrast, saturation, hue]), torch.tensor([1.0, 1.0, 1.0, 0.0])
     low, high = centre - strength, centre + strength
     low[:3].clamp_(min=0)
-    factors = low + (high - low) * rng.uniform(n, 4)
-    return factors, rng.uniform(n, 4).argsort(dim=1)
+    return rng.uniform(n, 4, low=low, high=high), rng.uniform(n, 4).argsort(dim=1)
 
 
 def random_color_jitter(rng, n, brightness, contrast, saturation, hue, p):

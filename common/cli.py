@@ -138,7 +138,7 @@ def read_settings(folder, method=None):
     try:
         stored = read_json(path)
         found, settings = stored["method"], dict(stored["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise Refusal(f"{folder}: no run there, {path} is missing or damaged: name the folder that a script has "
                       f"made") from None
     if not isinstance(found, str) or not found.isidentifier():
@@ -148,16 +148,11 @@ def read_settings(folder, method=None):
     return found, settings
 
 
-def read_json(path, most=2**22):
-    """The contents of a JSON file. Raises OSError, or ValueError if it is no JSON or has more than `most` bytes."""
-    if not path.is_file():                                                    # reading a pipe would block for ever
-        raise FileNotFoundError(path)
-    with open(path, "rb") as file:
-        text = file.read(most + 1)
-    try:
-        return json.loads(text if len(text) <= most else "")
-    except RecursionError:
-        raise ValueError("lists in lists in lists") from None
+def read_json(path):
+    """The contents of a JSON file. Raises OSError, or ValueError or RecursionError if it is no JSON or enormous."""
+    if not path.is_file() or path.stat().st_size > 2**22:                     # reading a pipe would block for ever
+        raise ValueError(f"{path} is no file of at most 4 MB")
+    return json.loads(path.read_bytes())
 
 
 def as_flags(settings):
@@ -185,8 +180,7 @@ def in_interval(interval, kind):
             value = kind(text)
         except ValueError:
             value = math.nan                                                  # in no interval
-        above = low <= value if interval[0] == "[" else low < value
-        if not above or not (value <= high if interval[-1] == "]" else value < high):
+        if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number in {interval}")
         return value
     return parse
@@ -260,8 +254,7 @@ def limit_memory():
 
 def pick_device(name):
     """The torch.device for --device. "auto" prefers CUDA, then MPS (Apple's GPUs), then the CPU; all else is torch's
-    ("cpu", "cuda:1", "mps"). Each process that torchrun starts gets the CUDA device of its local rank.
-    """
+    ("cpu", "cuda:1", "mps"). Each process that torchrun starts gets the CUDA device of its local rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -275,11 +268,8 @@ def pick_device(name):
 
 
 def pick_amp(name, device):
-    """The dtype of autocast: torch.bfloat16, torch.float16 or None (float32).
-
-    "auto" is bf16 if the hardware supports it (CUDA from Ampere on, CPUs with AMX or AVX-512 BF16), fp16 on older GPUs,
-    which needs a gradient scaler, and otherwise float32.
-    """
+    """The dtype of autocast, or None for float32. "auto" is bf16 if the hardware supports it (CUDA from Ampere on, CPUs
+    with AMX or AVX-512 BF16), fp16 on older GPUs, which needs a gradient scaler, and otherwise float32."""
     if name == "auto":
         has = getattr(torch.cpu, "get_capabilities", dict)()                  # older torch cannot tell
         if device.type == "cuda":

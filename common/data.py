@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Data sets as batches of uint8 pixels, kept on the training device if they fit, otherwise streamed from disk."""
 import functools
+import itertools
 import os
 import warnings
 import zlib
@@ -99,16 +100,11 @@ class Batches:
         """The number of steps per epoch."""
         return len(self.images) // self.batch_size
 
-    def epoch(self, epoch, first=0):
+    def epoch(self, epoch, first=0, every=False):
         """Yields (step, index, x) from step `first` on: index (B,) of the images, on the CPU, and x, their uint8 pixels
-        (B, 3, S, S), on the device. B = batch_size / world."""
-        order = epoch_order(len(self.images), self.batch_size, self.seed, epoch, self.rank, self.world)[first:]
-        yield from zip(range(first, len(self)), order, self.images.batches(order))
-
-    def every_image(self):
-        """Yields (index, x) as `epoch` does, for all images: the last batch is filled up with others."""
-        order = epoch_order(len(self.images), self.batch_size, self.seed, 0, self.rank, self.world, every=True)
-        yield from zip(order, self.images.batches(order))
+        (B, 3, S, S), on the device. B = batch_size / world. every: as in `epoch_order`."""
+        order = epoch_order(len(self.images), self.batch_size, self.seed, epoch, self.rank, self.world, every)[first:]
+        yield from zip(itertools.count(first), order, self.images.batches(order))
 
 
 def epoch_order(n, batch_size, seed, epoch, rank=0, world=1, every=False):

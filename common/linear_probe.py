@@ -103,8 +103,7 @@ def knn(train_x, train_y, test_x, test_y, k=200, tau=0.1):
     parts = list(zip(test_x.split(1000), test_y.split(1000)))
     for x, y in counted(parts, len(parts), "batches of 1000 test images in kNN"):
         similarity, index = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)  # (B, k)
-        votes = similarity.new_zeros(len(x), classes)
-        votes.scatter_add_(1, train_y[index], (similarity / tau).exp())
+        votes = similarity.new_zeros(len(x), classes).scatter_add_(1, train_y[index], (similarity / tau).exp())
         right += (votes.argmax(dim=1) == y).sum().item()
     return right / len(test_x)
 
@@ -183,9 +182,8 @@ def uniformity(h):
     """Log of the mean of e^(-2 d^2) over pairs of different images, d the distance between their normalised features h
     (N, D): a scalar tensor from 0 (one point) down to about -4 (spread over the sphere) (Wang & Isola, t = 2)."""
     h = F.normalize(h.float(), dim=1)
-    norm2, different = h.square().sum(dim=1), ~torch.eye(len(h), dtype=torch.bool, device=h.device)
-    d2 = (norm2[:, None] + norm2 - 2 * h @ h.T).clamp(min=0)[different]       # norm2: 1, but 0 of features that are 0
-    return (-2 * d2).exp().mean().log() if len(h) > 1 else torch.zeros(())
+    pairs = (-2 * torch.cdist(h, h).square()).exp().fill_diagonal_(0)
+    return (pairs.sum() / (len(h) * (len(h) - 1))).log() if len(h) > 1 else torch.zeros(())
 
 
 def rankme(h):

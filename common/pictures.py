@@ -17,11 +17,6 @@ def tiles(path, images, columns):
     save_image(make_grid(images, nrow=columns, padding=2, pad_value=1.0), path, format="png")
 
 
-def rows(path, *images, columns=8):
-    """Rows from each of the tensors (N, 3, S, S) in turn, so that views of the same image are in one column."""
-    tiles(path, torch.cat([row for rows in zip(*(x.split(columns) for x in images)) for row in rows]), columns)
-
-
 def neighbours(path, queries, query_features, images, features, n=10, k=9):
     """A row for each of n queries: the query, then the k images with the highest cosine similarity of features.
 

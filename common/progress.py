@@ -58,9 +58,11 @@ class Progress:
         now = self.now()
         if now > self.line_at:
             self.read()
-            speed, left = self.pace()
+            # Seconds per step, of all that have been read except the first, which also compiles and allocates.
+            seconds = (self.read_at - self.first_at) / self.done if self.done else self.first_at - self.run.since
+            left = ((self.epochs - epoch) * self.steps - step - 1) * seconds
             self.run.say(f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.steps}  {self.text(self.last)}  "
-                         f"{speed:,.0f} images/s  {clock(left)} left")
+                         f"{self.images / self.steps / seconds:,.0f} images/s  {clock(left)} left")
             small = self.run.settings["small"] or self.run.settings["dataset"] == "shapes"
             if left > LONG and not small and not self.said:
                 self.run.say(f"At this speed the run takes {left / 3600:,.0f} hours; with --small (smaller images, "
@@ -91,13 +93,6 @@ class Progress:
         words = [f"{name.replace('_', ' ')} {value:.3f}{f' ({note})' if note else ''}"
                  for (name, note), value in zip(self.metrics.items(), values)]
         return "  ".join(words + ["COLLAPSED: all images have one feature"] * (values[-1] < COLLAPSED))
-
-    def pace(self):
-        """Images per second and the seconds to the end of training, estimated from all steps that have been read except
-        the first, which also compiles and allocates."""
-        seconds = (self.read_at - self.first_at) / self.done if self.done else self.first_at - self.run.since
-        epoch, step = self.at
-        return self.images / self.steps / seconds, ((self.epochs - epoch) * self.steps - step - 1) * seconds
 
     def end_epoch(self, epoch, **more):
         """Prints the means of the epoch, logs them and the values in `more`, draws curve.png and saves a checkpoint."""

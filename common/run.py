@@ -115,8 +115,10 @@ class Run:
         self.write(name, lambda path: path.write_text(json.dumps(value, indent=1) + "\n"))
 
     def picture(self, name, *images):
-        """Writes a PNG with rows from each of the tensors (N, 3, S, S) in turn (`pictures.rows`)."""
-        self.write(name, lambda path: pictures.rows(path, *images))
+        """Writes a PNG with rows from each of the tensors (N, 3, S, S) in turn, so that views of the same image are in
+        one column."""
+        rows = [row for rows in zip(*(x.split(8) for x in images)) for row in rows]
+        self.write(name, lambda path: pictures.tiles(path, torch.cat(rows), 8))
 
     def log(self, **entry):
         """Appends the line of a finished epoch to log.jsonl."""

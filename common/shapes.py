@@ -41,10 +41,6 @@ DISTANCE = {
 CLASSES, PATTERNS = tuple(DISTANCE)[:10], tuple(DISTANCE)[10:]
 
 
-def distance(shape, u, v):
-    return DISTANCE[shape](u, v)
-
-
 def draw(n, image_size, seed, classes=CLASSES):
     """Draws n images in random order, with equally many of each class, give or take one.
 
@@ -65,7 +61,7 @@ def draw(n, image_size, seed, classes=CLASSES):
         cos = 1 / np.sqrt(1 + tilt**2)
         sin = tilt * cos
         x, y = (pixel[None, :] - x0) / radius, (pixel[:, None] - y0) / radius
-        d = distance(classes[label], cos * x + sin * y, cos * y - sin * x)    # (H, W)
+        d = DISTANCE[classes[label]](cos * x + sin * y, cos * y - sin * x)    # (H, W)
         cover = np.clip(0.5 - d * radius * image_size / 2, 0, 1)              # antialiased over one pixel
         image = ground[:, None, None] + cover * (figure - ground)[:, None, None]              # (3, H, W)
         slope = 0.3 * (rng.random(2) - 0.5)

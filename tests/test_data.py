@@ -149,8 +149,10 @@ def test_shapes_are_balanced_and_in_random_order(n):
 
 
 def test_shapes_are_drawn_as_their_label_says(monkeypatch):
-    drawn, distance = [], shapes.distance
-    monkeypatch.setattr(shapes, "distance", lambda shape, u, v: drawn.append(shape) or distance(shape, u, v))
+    drawn = []
+    monkeypatch.setattr(shapes, "DISTANCE", {
+        shape: lambda u, v, shape=shape, distance=distance: drawn.append(shape) or distance(u, v)
+        for shape, distance in shapes.DISTANCE.items()})
     labels = shapes.draw(30, 8, 0)[1]
     a_figure = len(drawn) // 30
     assert drawn == [shapes.CLASSES[label] for label in labels for _ in range(a_figure)] and a_figure > 0
@@ -158,7 +160,7 @@ def test_shapes_are_drawn_as_their_label_says(monkeypatch):
 
 def test_the_ten_shapes_differ_and_have_a_radius_of_about_one():
     u, v = np.meshgrid(*[np.linspace(-2, 2, 81)] * 2)
-    inside = {shape: shapes.distance(shape, u, v) < 0 for shape in shapes.CLASSES}
+    inside = {shape: shapes.DISTANCE[shape](u, v) < 0 for shape in shapes.CLASSES}
     for shape, mask in inside.items():
         radius = np.sqrt(u**2 + v**2)[mask].max()
         assert 0.8 < radius < 1.3, shape

@@ -86,7 +86,7 @@ def main(argv=None):
     try:
         found = {on: {measure: {**rows} for measure, rows in measures.items()}
                  for on, measures in (cli.read_json(path) if path.exists() else {}).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise Refusal(f"{path} is damaged: repair it or move it away") from None
     for other in args.ood or ():
         if other not in NAMES[:-1] and not Path(other).is_dir():

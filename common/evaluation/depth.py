@@ -8,21 +8,18 @@ from ..run import write_file
 from ..transformer import Block
 
 
-def blocks_of(model):
-    """{name: module}: the embeddings and transformer blocks of a model, by depth."""
-    return {f"{name}, {module.axis}" if isinstance(module, Block) else name: module
-            for name, module in model.named_modules() if isinstance(module, (nn.Embedding, Block))}
-
-
 class Blocks(nn.Module):
-    """RGB (N, 3, S, S) in [0, 1] to the output of each block, averaged over positions, (N, blocks * C)."""
+    """RGB (N, 3, S, S) in [0, 1] to the `outputs` {name: (N, C)} of the embeddings and transformer blocks, by depth,
+    averaged over positions: (N, blocks * C)."""
 
     def __init__(self, model):
         super().__init__()
         self.model, self.outputs = model, {}
-        for name, block in blocks_of(model).items():
-            block.register_forward_hook(
-                lambda _, __, out, name=name: self.outputs.__setitem__(name, out.float().mean(dim=(1, 2))))
+        for name, block in model.named_modules():
+            if isinstance(block, (nn.Embedding, Block)):
+                name = f"{name}, {block.axis}" if isinstance(block, Block) else name
+                block.register_forward_hook(
+                    lambda _, __, out, name=name: self.outputs.__setitem__(name, out.float().mean(dim=(1, 2))))
 
     def forward(self, x):
         self.model.logits(self.model.tokens(x))
@@ -31,11 +28,11 @@ class Blocks(nn.Module):
 
 def probe(images, model, path, autocast):
     """{block: accuracy} of linear probes, which are also printed and plotted in the picture `path`."""
-    blocks, names = Blocks(model), list(blocks_of(model))
-    train_x, test_x = (linear_probe.features(blocks, part, autocast, batch_size=128).chunk(len(names), dim=1)
+    blocks = Blocks(model)
+    train_x, test_x = (linear_probe.features(blocks, part, autocast, batch_size=128).chunk(len(blocks.outputs), dim=1)
                        for part in (images.labelled, images.test))
     accuracy = {name: linear_probe.linear_probe(a, images.labelled.labels, b, images.test.labels)
-                for name, a, b in zip(names, train_x, test_x)}
+                for name, a, b in zip(blocks.outputs, train_x, test_x)}
     print(f"\n{'linear probe by depth':34}")
     print("\n".join(f"{name:34}{100 * value:8.1f}" for name, value in accuracy.items()), flush=True)
     points = [(i, 100 * value) for i, value in enumerate(accuracy.values())]

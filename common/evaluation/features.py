@@ -13,7 +13,6 @@ from .. import Refusal, linear_probe, pictures
 from ..data import Decoder, Images
 from ..run import write_file
 from . import runs
-from .generation import nearest
 
 
 def files(images):
@@ -82,8 +81,7 @@ def tsne(x, perplexity=30.0, steps=500):
 def draw_map(path, images, classes, encoder, autocast, n=2000, side=720):
     """Saves a PNG (`runs.keep`): `tsne` of the normalised features of n images, coloured by class, with a legend."""
     index = images.random_indices(n)
-    part = Images(images.at(index), None, images.device, 0, True)
-    y = tsne(F.normalize(linear_probe.features(encoder, part, autocast).cpu(), dim=1))
+    y = tsne(F.normalize(linear_probe.features(encoder, images, autocast, index=index).cpu(), dim=1))
     y = (y - y.amin(dim=0)) / (y.amax(dim=0) - y.amin(dim=0)).clamp(min=1e-9) * (side - 40) + 20
     labels = [0] * len(y) if images.labels is None else images.labels.cpu()[index].tolist()
     colours = [f"hsl({360 * i // max(1, len(classes))}, 75%, {(35, 60)[i % 2]}%)" for i in range(max(1, len(classes)))]
@@ -99,19 +97,15 @@ def draw_map(path, images, classes, encoder, autocast, n=2000, side=720):
     runs.keep(path, lambda file: picture.save(file, "PNG"))
 
 
-@torch.no_grad()
 def show_neighbours(path, own, images, encoder, autocast):
     """Saves a PNG (`runs.keep`) with a row for each of the files `own`: the image, then the training images with the
     closest normalised features, whose names are also printed."""
     train, names = images.centred, files(images.centred)
-    given = Images(Decoder(own, train.shape[-1]), None, train.device, 0, True).pixels
-
-    def seen(x):
-        with autocast:
-            return F.normalize(encoder(x.float() / 255).float(), dim=1)
-    index = nearest(seen(given), train, seen)[1].T.cpu()                      # (Q, k)
+    given = Images(Decoder(own, train.shape[-1]), None, train.device, 0, True)
+    x, h = (F.normalize(linear_probe.features(encoder, part, autocast), dim=1) for part in (given, train))
+    index = (x @ h.T).topk(min(7, len(h)), dim=1).indices.cpu()               # (Q, k)
     for name, row in zip(own, index.tolist()):
         print("\n  ".join([name, *(names[i] if names else f"training image {i}" for i in row)]), flush=True)
     beside = train.at(index.flatten()).unflatten(0, index.shape)
-    rows = torch.cat([given[:, None].cpu(), beside], dim=1)                   # (Q, 1 + k, 3, S, S)
+    rows = torch.cat([given.pixels[:, None].cpu(), beside], dim=1)            # (Q, 1 + k, 3, S, S)
     runs.keep(path, lambda file: pictures.tiles(file, rows.flatten(0, 1), rows.shape[1]))

@@ -108,18 +108,15 @@ def compare_finetuning(images, encoder, untrained, shares, draws, frozen_stages,
     weights = [sum(p.numel() for part in stage for p in ([part] if torch.is_tensor(part) else part.parameters()))
                for stage in stages(encoder)]
     passes = {str(share): epochs or (60 if share <= 0.01 else 30) for share in shares}
-    labels, scratch, found = images.labelled.labels, {}, {}                   # scratch: by draw, the same for each n
-
-    def train(start, n_frozen, longer, share, index, seed):
-        steps = max(1, round(longer * passes[str(share)] * len(index) / BATCH_SIZE))
-        return finetune(copy.deepcopy(start), images.labelled, index, images.test, n_frozen, amp, steps, seed=seed)
+    labels, done, found = images.labelled.labels, {}, {}
 
     def score(row, share, index, seed):
-        if row == "finetuned":
-            return train(encoder, n, 1, share, index, seed)
-        if (share, seed) not in scratch:
-            scratch[share, seed] = train(untrained, 0, 2, share, index, seed)
-        return scratch[share, seed]
+        start, still, longer = (encoder, n, 1) if row == "finetuned" else (untrained, 0, 2)
+        if (key := (row, still, share, seed)) not in done:                    # "scratch" is the same for each n
+            steps = max(1, round(longer * passes[str(share)] * len(index) / BATCH_SIZE))
+            done[key] = finetune(copy.deepcopy(start), images.labelled, index, images.test, still, amp, steps,
+                                 seed=seed)
+        return done[key]
     for n in frozen_stages:
         frozen = sum(weights[:n]) / sum(weights)
         print(f"\nfine-tuned, {n} of {len(weights)} stages frozen ({100 * frozen:.0f} % of the weights), and the "

@@ -31,10 +31,9 @@ def load_encoder(folder, device, trained=True):
     """(settings, module) of the run: RGB (N, 3, S, S) in [0, 1], S = settings.image_size, to features (N, D), in eval
     mode. trained=False: in its state before training. The caller's random state does not change."""
     script, args = load_script(folder)
-    state = weights(folder, "encoder.pt")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(args.seed)
-        module = filled(script.build_encoder, args, state, f"{folder}/encoder.pt")
+        module, state = filled(script.build_encoder, args, folder, "encoder.pt")
         if not trained:                                                       # the file is checked anyway
             torch.default_generator.manual_seed(args.seed)
             module = script.build_encoder(args)
@@ -55,27 +54,22 @@ def load_generator(folder, device, method=None, needed=True):
         if needed:
             raise Refusal(f"{folder}: {refusal}") from None
         return None
-    state, path = weights(folder, "checkpoint.pt"), f"{folder}/checkpoint.pt"
-    return filled(script.build_generator, args, state, path).to(device).eval()
+    return filled(script.build_generator, args, folder, "checkpoint.pt")[0].to(device).eval()
 
 
-def weights(folder, name):
-    """The weights in encoder.pt or checkpoint.pt (`name`) in the folder of the run, on the CPU. Raises Refusal if they
-    are missing or damaged."""
+def filled(build, args, folder, name):
+    """The module build(args) with the weights in encoder.pt or checkpoint.pt (`name`) in the folder of the run, and
+    these weights. Raises Refusal if they are missing, damaged or not of such a module, which is first tried on the meta
+    device, where even an enormous module takes no memory."""
     path = Path(folder) / name
     try:
         state = read_tensors(path)
-        return state["model"] if name == "checkpoint.pt" else state
+        state = state["model"] if name == "checkpoint.pt" else state
     except FileNotFoundError:
         raise Refusal(f"{path} is missing: that run has saved nothing; try --resume {folder}") from None
     except Exception as error:                                                # zip, pickle and key errors
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
         raise Refusal(f"{path} cannot be read ({reason}): train that run again") from None
-
-
-def filled(build, args, state, path):
-    """The module build(args) with the weights `state`, read from `path`. Raises Refusal if they do not belong to such a
-    module, which is first tried on the meta device, where even an enormous module takes no memory."""
     try:
         with torch.device("meta"):
             build(args).load_state_dict(state, assign=True)
@@ -86,7 +80,7 @@ def filled(build, args, state, path):
         reason = str(error).strip().split("\n")[-1].strip()[:200] or type(error).__name__
         raise Refusal(f"{path} is not of that run's model ({reason}): it was made by another run or another version of "
                       f"the script") from None
-    return module
+    return module, state
 
 
 def keep(path, write):
