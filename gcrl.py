@@ -58,11 +58,10 @@ def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=40):
 
 
 def quantise(x, palette):
-    """Images (N, 3, H, W), uint8 or floats in [0, 1], to tokens (N, H, W): for each pixel the index of the nearest
-    colour in the palette (V, 3), by Euclidean distance."""
+    """Images (N, 3, H, W), uint8 or floats in [0, 1], to tokens (N, H, W), the nearest colours of a palette (V, 3)."""
     pixels = (x / 255 if x.dtype == torch.uint8 else x).permute(0, 2, 3, 1)   # (N, H, W, 3)
     half = palette.square().sum(dim=1) / 2                                    # |x - p|^2 / 2 = half - x.p + ...
-    part = 2**12 if x.device.type == "cpu" else 2**18                         # pixels whose distances fit the cache
+    part = 2 ** (21 if x.device.type == "cpu" else 27) // len(palette)        # as many pixels as take little memory
     with torch.autocast(x.device.type, enabled=False):                        # bf16 would pick other colours
         tokens = [torch.addmm(half, p, palette.T, alpha=-1).argmin(dim=1) for p in pixels.reshape(-1, 3).split(part)]
     return torch.cat(tokens).view(pixels.shape[:3])
@@ -306,7 +305,8 @@ def main(argv=None):
     if args.micro_batch is None:
         image = 50 * args.width * args.image_size**2 * (4 * args.encoder_layers + args.decoder_layers)  # bytes, about
         room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31    # small parts idle it
-        args.micro_batch = math.ceil(args.batch_size / math.ceil(args.batch_size * image / room))  # in even parts
+        most = min(room / image, 2**14 / args.image_size)                     # CUDA attends to fewer than 2^16 rows
+        args.micro_batch = math.ceil(args.batch_size / math.ceil(args.batch_size / most))     # in even parts
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)

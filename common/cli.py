@@ -14,6 +14,7 @@ import torch
 
 from . import Refusal, data
 
+MPS_FROM = (2, 8)  # before this version of torch, MPS lacks operations that are used here
 FREE_ON_RESUME = {"help", "resume", "device", "compile", "workers", "data_dir", "cache_gb", "knn_every"}
 
 
@@ -226,7 +227,8 @@ def way_out(error, free, memory):
     if isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in text:
         return f"the GPU is out of memory: lower {memory}"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or "could not create" in text:           # oneDNN
-        return f"this needs more memory than the {free / 1e9:.1f} GB that were free: lower {memory}"
+        there = "there is" if math.isnan(free) else f"the {free / 1e9:.1f} GB that were free"
+        return f"this needs more memory than {there}: lower {memory}"
     if any(word in text for word in ("PytorchStreamWriter", "inline_container", "iostream")):
         return "a checkpoint could not be written: make room on the disk of --out, then --resume"
     if text and ("gloo" in text or isinstance(error, torch.distributed.DistError)):
@@ -256,7 +258,8 @@ def pick_device(name):
     """The torch.device for --device. "auto" prefers CUDA, then MPS (Apple's GPUs), then the CPU; all else is torch's
     ("cpu", "cuda:1", "mps"). Each process that torchrun starts gets the CUDA device of its local rank."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and torch.__version__ >= MPS_FROM
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():
@@ -264,6 +267,8 @@ def pick_device(name):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise Refusal(f"--device {name}: this machine has no such device, try --device auto or --device cpu") from None
+    if device.type == "mps" and torch.__version__ < MPS_FROM:
+        raise Refusal(f"--device {name} needs torch 2.8, not {torch.__version__}: update it or use --device cpu")
     return device
 
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import signal
 import warnings
 import zlib
 from pathlib import Path
@@ -180,7 +181,8 @@ def stream(source, workers, index_batches=None, pin_memory=False):
     worker processes. Raises Refusal, which names the first image that cannot be read and counts the others."""
     sampler, broken = torch.arange(len(source)).split(256) if index_batches is None else index_batches, []
     for batch in DataLoader(source, batch_sampler=[index.tolist() for index in sampler], num_workers=workers,
-                            collate_fn=stack, pin_memory=pin_memory, generator=torch.Generator()):   # not torch's own
+                            collate_fn=stack, pin_memory=pin_memory, worker_init_fn=ignore_interrupts,
+                            generator=torch.Generator()):                     # not torch's own
         if isinstance(batch, list):
             broken += batch                                                   # the rest is only counted
         elif not broken:
@@ -188,6 +190,11 @@ def stream(source, workers, index_batches=None, pin_memory=False):
     if broken:
         raise Refusal(f"{broken[0]}: repair or remove it" if len(broken) == 1 else
                       f"{broken[0]}, nor can {len(broken) - 1:,} more: repair or remove them")
+
+
+def ignore_interrupts(_):
+    """For a worker: Ctrl-C reaches it too, but is the main process's, which still needs it for the step it finishes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def stack(images):

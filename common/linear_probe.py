@@ -35,7 +35,7 @@ def chosen_fit(train_x, train_y, classes):
 
 
 def standardised(train_x, test_x):
-    mean, deviation = train_x.float().mean(dim=0), train_x.float().std(dim=0)
+    mean, deviation = train_x.float().mean(dim=0), train_x.float().std(dim=0, correction=min(1, len(train_x) - 1))
     alive = deviation > 1e-6 * train_x.float().abs().amax(dim=0)              # not constant in training
     deviation = torch.where(alive, deviation, 1.0)
     return (train_x.float() - mean) / deviation, (test_x.float() - mean) / deviation

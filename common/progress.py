@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from . import Refusal, pictures
+from . import pictures
 from .linear_probe import WhitenedPixels, feature_std, features, knn, rankme, uniformity
 
 COLLAPSED = 0.01  # a feature standard deviation below this means a single point, up to noise
@@ -82,9 +82,7 @@ class Progress:
         epoch, step = self.at
         for at, row in enumerate(rows, step + 2 - len(rows)):
             if not all(map(math.isfinite, row)):
-                kept = f"the last good checkpoint is kept in {self.run.folder}" if self.run.saved() else \
-                    "nothing was saved yet"
-                raise Refusal(f"the loss is not finite at step {at} of epoch {epoch + 1}: lower --lr ({kept})")
+                raise self.run.not_finite(f"the loss is not finite at step {at} of epoch {epoch + 1}")
             self.sums = [s + v for s, v in zip(self.sums, row)]
         self.pending, self.last, now = [], rows[-1], self.now()
         self.seconds, self.read_at = self.seconds + now - self.read_at, now

@@ -154,11 +154,19 @@ class Run:
             self.write("encoder.pt", lambda path: torch.save(self.encoders["trained"].state_dict(), path))
 
     def save(self, epoch, step):
-        """Writes checkpoint.pt, from which training continues at `step` of `epoch`, and encoder.pt."""
+        """Writes checkpoint.pt, from which training continues at `step` of `epoch`, and encoder.pt. Raises Refusal if a
+        weight is not finite, so that the last good checkpoint is kept."""
         state = {name: thing.state_dict() for name, thing in self.tracked.items()}
+        if not all(value.isfinite().all() for value in state.get("model", {}).values()):
+            raise self.not_finite("the weights are not finite")
         state.update(method=self.method, epoch=epoch, step=step, history=self.history)
         self.write("checkpoint.pt", lambda path: torch.save(state, path))
         self.save_encoder()
+
+    def not_finite(self, what):
+        """A Refusal that says what is not finite."""
+        kept = f"the last good checkpoint is kept in {self.folder}" if self.saved() else "nothing was saved yet"
+        return Refusal(f"{what}: lower --lr ({kept})")
 
     def saved(self):
         return (self.folder / "checkpoint.pt").exists()
@@ -182,6 +190,9 @@ class Run:
                 now = thing.state_dict()
                 if isinstance(thing, torch.amp.GradScaler) and not (now and state[name]):
                     continue                                                  # {} in a run without fp16
+                if name == "optimizer":                                       # a newer torch may have new settings
+                    groups = zip(now["param_groups"], state[name]["param_groups"], strict=True)
+                    state[name]["param_groups"] = [{**new, **old} for new, old in groups]
                 if not alike(state[name], now):
                     raise ValueError(f"its {name} is of another kind")
                 thing.load_state_dict(copy.deepcopy(state[name]))             # not the pages mapped from the file
@@ -233,6 +244,7 @@ class Run:
     def stop(self, epoch, step):
         """Saves, prints how to continue, and exits with status 130 (Ctrl-C) or 143 (SIGTERM)."""
         self.save(epoch, step)
+        distributed.any_process(False)                                        # once one has ended, torchrun kills all
         self.say(f"\nstopped and saved at step {step} of epoch {epoch + 1}; continue with --resume {self.folder}")
         sys.exit(128 + (self.signal or signal.SIGTERM))
 

@@ -29,7 +29,8 @@ class Attention(nn.Module):
         """Position t of each sequence, x (B, C); cache (2, B, heads, L, C / heads) is filled at t."""
         q, k, v = self.project(x[:, None])                                    # (B, heads, 1, C / heads)
         cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
-        return self.out(F.scaled_dot_product_attention(q.to(cache.dtype), *cache[:, :, :, : t + 1]).flatten(1))
+        q = q.to(cache.dtype).contiguous()                                    # MPS: others give garbage before 2.12
+        return self.out(F.scaled_dot_product_attention(q, *cache[:, :, :, : t + 1]).flatten(1))
 
 
 def explicit_attention(q, k, v, is_causal):

@@ -141,6 +141,9 @@ def test_adjust_hue(height, width):
     for seed in range(3):                                                     # the hard images get several turns
         check(augment.adjust_hue, TF.adjust_hue, x, spread(-0.5, 0.5, seed=seed))
     check(augment.adjust_hue, TF.adjust_hue, x, torch.zeros(N))
+    turns = spread(-0.5, 0.5)
+    for whole in (-1, 1, 3):                                                  # whole turns, as of --jitter 20
+        assert torch.allclose(augment.adjust_hue(x, turns + whole), augment.adjust_hue(x, turns), atol=1e-5)
 
 
 @pytest.mark.parametrize("height, width", SIZES)

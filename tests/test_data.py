@@ -6,10 +6,13 @@ import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tarfile
 import urllib.error
 import urllib.request
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -460,6 +463,35 @@ def test_random_state_is_left_alone(tmp_path, cache_gb):
     everything(load_folder(tmp_path, cache_gb=cache_gb).train)
     epoch_order(10, 2, 0, 0)
     assert torch.rand(3).equal(want)
+
+
+INTERRUPTED = """
+import multiprocessing, os, signal, sys, torch
+sys.path.insert(0, {root!r})
+from common.data import Decoder, stream
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")                            # Linux's from Python 3.14 on
+    multiprocessing.set_forkserver_preload(["common.data"])                   # faster
+    signal.signal(signal.SIGINT, lambda *_: print("asked to stop"))
+    batches = stream(Decoder({files!r}), 2, torch.arange(20).split(1))
+    first = [next(batches), next(batches)]                                    # one of each worker
+    os.killpg(0, signal.SIGINT)
+    print(len(first + list(batches)))
+"""
+
+
+def test_workers_leave_ctrl_c_to_the_main_process(tmp_path):
+    """A terminal's Ctrl-C goes to every process of the group. The images of the step that is finished and saved still
+    arrive, although workers started in this way do not inherit the main process's handler."""
+    pixels = [np.full((8, 8, 3), i, np.uint8) for i in range(20)]
+    files = [str(tmp_path / f"{i}.png") for i in range(20)]
+    for path, x in zip(files, pixels):
+        Image.fromarray(x).save(path)
+    program = INTERRUPTED.format(root=str(Path(__file__).parent.parent), files=files)
+    (tmp_path / "program.py").write_text(program)
+    run = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=60,
+                         start_new_session=True)
+    assert (run.stdout, run.stderr) == ("asked to stop\n20\n", "")
 
 
 def test_source_can_be_sent_to_workers(tmp_path):

@@ -5,6 +5,7 @@ import datetime
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -159,7 +160,8 @@ def test_two_machines(tiny, finished, tmp_path):
 
 def fails(rank, how, argv):
     """A program of two processes. "killed": the second dies in its third step. "download": what the first downloads
-    takes longer than the group's time-out, and the next thing is not to be had."""
+    takes longer than the group's time-out, and the next thing is not to be had. "stopped": Ctrl-C for the first in its
+    third step, and it takes two seconds to save."""
     def refuse():
         raise Refusal("no such file")
 
@@ -169,24 +171,45 @@ def fails(rank, how, argv):
             getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(datetime.timedelta(seconds=2))
             print(distributed.first_process_first(lambda: time.sleep(4 * (rank == 0)) or "downloaded"), flush=True)
             distributed.first_process_first(refuse)
-        update = progress.Progress.update
+        update, save = progress.Progress.update, Run.save
 
         def die_at_the_third(self, epoch, step, *args, **kwargs):
-            return os._exit(9) if (rank, step) == (1, 2) else update(self, epoch, step, *args, **kwargs)
+            if how == "stopped" and (rank, step) == (0, 2):
+                os.kill(os.getpid(), signal.SIGINT)
+            elif how == "killed" and (rank, step) == (1, 2):
+                os._exit(9)
+            return update(self, epoch, step, *args, **kwargs)
         progress.Progress.update = die_at_the_third
+        if how == "stopped":
+            Run.save = lambda *args: time.sleep(2 * (rank == 0)) or save(*args)
         importlib.import_module("gcrl").main(argv)
     cli.program(main)
 
 
-@pytest.mark.parametrize("how, failing", [("killed", 1), ("download", 0)])
-def test_a_failing_process_ends_the_other(how, failing, tiny, tmp_path):
-    """Also without torchrun, which would end it: at once, with a sentence, and no run is left that has nothing."""
+def start_both(how, argv):
+    """The two processes of `fails`, without torchrun, which would end one when the other fails."""
     port, program = free_port(), (f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); sys.argv = ['gcrl.py']; "
                                   f"import test_distributed as t; t.fails")
-    both = [subprocess.Popen(
-        [sys.executable, "-c", f"{program}({rank}, {how!r}, {tiny('gcrl', '--out', tmp_path / 'run')})"],
+    return [subprocess.Popen(
+        [sys.executable, "-c", f"{program}({rank}, {how!r}, {argv})"],
         env=ENVIRONMENT | dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
+
+
+def test_all_processes_wait_for_the_save(tiny, tmp_path):
+    """torchrun kills the first process, which saves, as soon as another has ended with a status other than 0."""
+    first, second = start_both("stopped", tiny("gcrl", "--out", tmp_path / "run"))
+    _, errors = second.communicate(timeout=60)
+    saved = (tmp_path / "run" / "checkpoint.pt").exists()
+    out, first_errors = first.communicate(timeout=20)
+    assert saved and (first.returncode, second.returncode) == (130, 143) and "stopped and saved at step 3" in out
+    assert "Traceback" not in errors + first_errors
+
+
+@pytest.mark.parametrize("how, failing", [("killed", 1), ("download", 0)])
+def test_a_failing_process_ends_the_other(how, failing, tiny, tmp_path):
+    """At once, with a sentence, and no run is left that has nothing."""
+    both = start_both(how, tiny("gcrl", "--out", tmp_path / "run"))
     both[failing].wait(timeout=60)
     (out, errors), (out2, errors2) = (process.communicate(timeout=20) for process in (both[failing], both[1 - failing]))
     assert (both[failing].returncode, both[1 - failing].returncode) == ({"killed": 9, "download": 2}[how], 2), errors2

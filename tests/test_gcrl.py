@@ -183,10 +183,11 @@ def test_one_forward_gives_what_the_parts_give():
     ("--dataset cifar10", "cpu", 8), ("--dataset cifar10", "cuda", 16), ("--dataset cifar10", "mps", 8),
     ("--dataset cifar10 --batch-size 20", "cuda", 10),
     ("--dataset cifar10 --small", "cpu", 128), ("--dataset cifar10 --small", "cuda", 128), ("", "cpu", 32),
-    ("--dataset cifar10 --micro-batch 100", "cpu", 100), ("--dataset cifar10 --width 8192", "cpu", 1)])
+    ("--dataset cifar10 --micro-batch 100", "cpu", 100), ("--dataset cifar10 --width 8192", "cpu", 1),
+    ("--dataset cifar10 --small --width 6 --batch-size 4096", "cuda", 1024)])
 def test_default_micro_batch(flags, device, micro_batch, monkeypatch):
     """As many images as take about 2 GB, or half of a GPU's free memory, here of 8 GiB, in even parts; all where all
-    do, one at least."""
+    do, one at least; never more rows of both views than CUDA's attention takes, 2^16 - 1."""
     class Seen(Exception):
         pass
 

@@ -172,6 +172,33 @@ def test_damaged_checkpoint(either, here, finished, damage):
     assert path.read_bytes() == before and "\n" not in str(refusal.value)
 
 
+def test_weights_that_are_not_finite_replace_no_good_ones(here):
+    """They may follow from a loss that was finite: that of the last step before a checkpoint."""
+    run, model = new_run(), torch.nn.Linear(3, 3)
+    run.track(model=model)
+    bad = {"weight": torch.full((3, 3), math.nan), "bias": torch.zeros(3)}
+    model.load_state_dict(bad)
+    with pytest.raises(Refusal, match="weights are not finite: lower --lr .nothing was saved yet"):
+        run.save(1, 0)
+    assert not run.saved()
+    model.reset_parameters()
+    run.save(1, 0)
+    before = Path("run/checkpoint.pt").read_bytes()
+    model.load_state_dict(bad)
+    with pytest.raises(Refusal, match="the last good checkpoint is kept in run"):
+        run.save(2, 0)
+    assert Path("run/checkpoint.pt").read_bytes() == before
+
+
+def test_a_newer_torch_may_have_more_settings(finished, here):
+    """A checkpoint from before torch had one of an optimizer's settings resumes with its default, as torch reads it."""
+    shutil.copytree(finished(gcrl).folder, here / "run")
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    del state["optimizer"]["param_groups"][0]["amsgrad"]
+    torch.save(state, "run/checkpoint.pt")
+    assert gcrl.main(["--resume", "run"])["linear"] == finished(gcrl).metrics["linear"]
+
+
 class Malicious:
     def __reduce__(self):
         return os.mkdir, ("owned",)
@@ -314,7 +341,7 @@ SOME, ONE = torch.eye(2), torch.ones(2, 2)  # features that differ, and those of
 
 def progress():
     logged = []
-    run = SimpleNamespace(rank=0, folder="run", saved=lambda: True, log=lambda **entry: logged.append(entry),
+    run = SimpleNamespace(rank=0, folder="run", not_finite=Refusal, log=lambda **entry: logged.append(entry),
                           write=lambda *_: None, since=time.perf_counter(), device=CPU, say=print,
                           stop_requested=lambda: False, save=lambda *_: None,
                           settings={"small": False, "dataset": "cifar10", "compile": False})
@@ -479,6 +506,10 @@ def test_too_little_memory_is_one_sentence(error, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.program(main, memory="--micro-batch")
     assert "more memory than the 3.0 GB that were free: lower --micro-batch" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "limit_memory", lambda: math.nan)                # macOS
+    with pytest.raises(SystemExit):
+        cli.program(main, memory="--micro-batch")
+    assert "this needs more memory than there is: lower --micro-batch" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists() or torch.cuda.is_available(), reason="needs Linux without CUDA")
@@ -508,6 +539,18 @@ def test_device_and_precision():
     for name in ("gpu", "cuda:99", "cpu:x"):
         with pytest.raises(Refusal, match=f"--device {name}"):
             cli.pick_device(name)
+
+
+@pytest.mark.parametrize("version, device", [("2.7.1", "cpu"), ("2.8.0", "mps"), ("2.14.1+cu130", "mps")])
+def test_mps_needs_a_torch_that_has_the_operations(version, device, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    assert cli.pick_device("auto").type == device
+    if device == "cpu":
+        with pytest.raises(Refusal, match="--device mps needs torch 2.8, not 2.7.1: update it or use --device cpu"):
+            cli.pick_device("mps")
 
 
 WINDOWS = """

@@ -147,6 +147,13 @@ def test_map(run, images, here):
     assert (run / "map-folder.png").exists()
 
 
+def test_a_map_of_one_image(run, images, here):
+    (here / "one").mkdir()
+    shutil.copy(next((images / "train" / "red").iterdir()), here / "one")
+    with pytest.raises(Refusal, match="--map needs at least two images"):
+        take(run, "--map", "--data-dir", here / "one")
+
+
 def test_neighbours_of_ones_own_images(run, images, capsys):
     """A training image is nearest to itself; the names are printed, nearest first, as the loops have them."""
     own = [str(images / "train" / "red" / "3.png"), str(images / "test" / "blue" / "1.png")]

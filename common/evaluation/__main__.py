@@ -125,4 +125,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.program(main)
+    cli.program(main, memory="--cache-gb or name another --device")

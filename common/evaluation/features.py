@@ -80,6 +80,8 @@ def tsne(x, perplexity=30.0, steps=500):
 
 def draw_map(path, images, classes, encoder, autocast, n=2000, side=720):
     """Saves a PNG (`runs.keep`): `tsne` of the normalised features of n images, coloured by class, with a legend."""
+    if len(images) < 2:
+        raise Refusal("--map needs at least two images: add some")
     index = images.random_indices(n)
     y = tsne(F.normalize(linear_probe.features(encoder, images, autocast, index=index).cpu(), dim=1))
     y = (y - y.amin(dim=0)) / (y.amax(dim=0) - y.amin(dim=0)).clamp(min=1e-9) * (side - 40) + 20
