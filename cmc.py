@@ -224,7 +224,7 @@ DEFAULTS = [  # of runs with these settings, where they differ from the flags' d
 
 def arguments(argv):
     argv = sys.argv[1:] if argv is None else [str(a) for a in argv]
-    if "--views-dir" in argv:
+    if any(word.split("=")[0] == "--views-dir" for word in argv):
         argv = ["--dataset", "folder", *argv]
     parser = cli.RunParser(__file__, "CMC", epochs=200, batch_size=128, photographs=True,
                            datasets=[name for name in data.NAMES if name != "fashionmnist"])            # that is grey
@@ -246,7 +246,7 @@ def arguments(argv):
     number("--lr", 0.06, "(0, inf)", "peak learning rate for 256 images; scaled by batch size / 256")
     number("--weight-decay", 5e-4, "[0, inf)", "on all weights (paper: 0.0001)")
     number("--tau", 0.1, "(0, inf)", "temperature of the loss (ImageNet: 0.07)")
-    args = parser.parse(argv, DEFAULTS)
+    args = parser.parse(argv, DEFAULTS, free=("views_dir",))
     if args.schedule == "steps":
         parser.refuse_unused(args, ("warmup",), "--schedule steps")
     if args.dictionary == "end-to-end":
@@ -254,7 +254,7 @@ def arguments(argv):
     if len(args.views_dir or CHANNELS[args.views]) == 2:
         parser.refuse_unused(args, ("graph",), "two views")
     if args.views_dir:
-        parser.refuse_unused(args, ("views",), "--views-dir")
+        parser.refuse_unused(args, ("views", "data_dir"), "--views-dir")
         if args.dataset != "folder":
             raise Refusal(f"--views-dir is a data set of its own: leave out --dataset {args.dataset}")
         if len(args.views_dir) == 1:

@@ -18,10 +18,11 @@ The representation that is kept and evaluated is f_q without its head.
     python moco.py                                          # generated shapes, a minute or two on two cores
     python moco.py --dataset cifar10                        # ResNet-18, 200 epochs
 
-Differences from the papers: --bn-groups and shuffling also work on one device; a query's own vector in the memory
-bank is not a negative; the bank's views are flipped and it starts from the untrained encoder's outputs (Wu et al.: no
-flips, random vectors); nce estimates Z on each batch (Wu et al.: on the first; on `shapes` the loss then rises to
-hundreds); --symmetric averages both directions (MoCo's CIFAR demo: their sum); inputs are in [0, 1].
+Differences from the papers: --bn-groups and shuffling also work on one device; --symmetric averages both directions
+(MoCo's CIFAR demo: their sum); inputs are in [0, 1]. With the memory bank, and in brackets Wu et al.: a query's own
+vector is no negative; negatives are drawn once a batch (for each query); views are flipped (on ImageNet only); it is
+filled by the untrained encoder (random vectors); the schedule is a cosine (--schedule steps); nce estimates Z on each
+batch (the first; on `shapes` the loss then diverges); the proximal term is left out (in their code, too).
 
 Measured, linear / kNN: `shapes` over three seeds queue 66.1 / 50.8, memory bank 67.6 / 56.7 (untrained 30.9 / 15.9),
 end-to-end 73.9 / 59.4 (30.8 / 15.8, on another machine); CIFAR-10 (JPEG), `--small`, 60.9 / 59.2 (37.7 / 32.8), 62 min.
@@ -210,7 +211,7 @@ def step_decay(step, steps):
 # ---- arguments
 
 DEFAULTS = [  # of runs with these settings, where they differ from the flags' defaults below
-    # Wu et al.'s settings for CIFAR-10. The keys come from earlier batches, so batch norm leaks nothing.
+    # Wu et al.'s for CIFAR-10, below for ImageNet. The keys come from earlier batches, so batch norm leaks nothing.
     (dict(dictionary="memory-bank"), dict(bn_groups=1, negatives=0, batch_size=128, lr=0.06, augmentation="v1",
                                           crop_min=0.2)),
     (dict(contrast="nce"), dict(negatives=4096)),
@@ -220,6 +221,7 @@ DEFAULTS = [  # of runs with these settings, where they differ from the flags' d
     (dict(dataset="fashionmnist"), dict(image_size=28)),
     (dict(dataset="folder"), dict(image_size=224, blur=0.5, stem="imagenet", m=0.999, tau=0.2, head="mlp",
                                   weight_decay=1e-4, batch_size=256, crop_min=0.2)),
+    (dict(dataset="folder", dictionary="memory-bank"), dict(lr=0.03, tau=0.07, head="linear", blur=0, negatives=4096)),
     (dict(small=True), dict(image_size=32, blur=0.0, stem="cifar", width=16, epochs=25, batch_size=256, m=0.99, tau=0.1,
                             head="linear", crop_min=0.2, lr=0.12, weight_decay=1e-4)),
     (dict(dataset="shapes", dictionary="memory-bank"), dict(negatives=0, bank_m=0.9, epochs=60, bn_groups=1)),
@@ -256,10 +258,8 @@ def arguments(argv):
               "end-to-end": ("m", "bank_m", "contrast", "negatives")}[args.dictionary]
     parser.refuse_unused(args, unused, f"--dictionary {args.dictionary}")
     parser.refuse_unused(args, ("no_shuffle",) if args.bn_groups == 1 else (), "--bn-groups 1")
-    if args.dictionary == "queue" and args.negatives == 0:
-        raise Refusal("--negatives 0 leaves the queue empty: give its length")
-    if args.batch_size % args.bn_groups:
-        raise Refusal(f"--bn-groups {args.bn_groups} does not divide --batch-size {args.batch_size}")
+    if args.batch_size % args.bn_groups or args.batch_size == args.bn_groups > 1:
+        raise Refusal(f"--bn-groups {args.bn_groups} leaves no equal parts of 2 or more of --batch-size {args.batch_size}")
     return args
 
 
@@ -280,9 +280,9 @@ def main(argv=None):
     n, bank = len(images.train), args.dictionary == "memory-bank"
     if args.dictionary == "queue" and args.negatives is None:                 # 4,096 for CIFAR-10, as in MoCo's demo
         args.negatives = max(1, min(65536, n // 12 // 256 * 256 or n // 12))
-    if args.dictionary == "queue" and args.negatives > n / 4:
-        raise Refusal(f"--negatives {args.negatives} is more than a quarter of the {n} images, so that a query often "
-                      f"meets keys of its own image as negatives: give {n // 4} at most")
+    if args.dictionary == "queue" and not 0 < args.negatives <= n / 4:        # or a query often meets its image
+        raise Refusal(f"--negatives {args.negatives} is not between 1 and a quarter of the {n} images, {n // 4}: "
+                      f"change it, or use --dictionary end-to-end")
 
     torch.manual_seed(args.seed)
     query = EncoderWithHead(args.arch, args.stem, args.width, args.head, max(1, args.bn_groups // world))

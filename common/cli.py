@@ -88,7 +88,7 @@ class RunParser(Parser):
         presets: [(choices, settings)]: if all the choices, such as dict(dataset="folder"), apply to a run, by flags or
         by earlier entries, the settings replace the flags' defaults. Later entries override earlier ones, and flags on
         the command line override all of them. --help shows the values that would be used. free: settings of the script
-        that affect its speed but not its results, so that they may change on --resume. Raises Refusal.
+        that may change on --resume, as they affect its speed or say where its data are. Raises Refusal.
         """
         settings, absent = vars(self.parse_args([])), object()
 
@@ -262,10 +262,12 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "meta":                                             # it has no values
+            raise NotImplementedError
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise Refusal(f"--device {name}: this machine has no such device, try --device auto or --device cpu") from None
     if device.type == "mps" and torch.__version__ < MPS_FROM:
         raise Refusal(f"--device {name} needs torch 2.8, not {torch.__version__}: update it or use --device cpu")

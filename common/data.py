@@ -210,9 +210,11 @@ def upright_size(image, _):
 
 def to_pixels(image, size, squash=False):
     """Converts any PIL image to RGB uint8 (3, S, S): the shorter side is resized to S and the centre cropped or, with
-    `squash`, the whole image is resized to the square. Transparent images are put on white."""
+    `squash`, the whole image is resized to the square. Transparent images are put on white, 16-bit values divided by
+    256."""
     if image.mode == "F" or image.mode == "I" and image.format == "TIFF":     # depth maps, say
-        raise ValueError(f"mode {image.mode} has no fixed range: save it with 8 or 16 bits a channel")
+        raise ValueError(f"mode {image.mode} has no fixed range: save it with 8 or 16 bits a channel, of which all "
+                         f"values are used")
     if image.format == "JPEG":
         image.draft("RGB", (size, size))                                      # decodes at 1/2, 1/4 or 1/8 if enough
     image = ImageOps.exif_transpose(image)

@@ -16,7 +16,7 @@ from . import Refusal
 def start(device):
     """Joins the processes started by torchrun, if there are any. Returns (rank, world): (0, 1) in a plain run. Raises
     Refusal if they would share a GPU, or have devices that torch cannot connect."""
-    if "RANK" in os.environ and not dist.is_initialized():
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and not dist.is_initialized():
         if device.type != "cpu" and device != torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))):
             raise Refusal(f"--device {device}: each process of torchrun has a GPU of its own, or all share the CPU: "
                           f"use --device cuda or --device cpu, or leave torchrun out")
@@ -75,14 +75,18 @@ class Gather(torch.autograd.Function):
 
 
 def first_process_first(function, *args):
-    """function(*args) in every process, first in the first one, so that a download happens only once. A separate group
-    has a time-out of its own: the others wait up to a day for a download, not the usual half an hour."""
+    """function(*args) in every process: in the first, then in the first of each machine, then in the others, so that
+    a download happens once for each disk. A separate group has a time-out of its own: the others wait up to a day for
+    a download, not the usual half an hour."""
     if not dist.is_initialized():
         return function(*args)
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-    result = function(*args) if dist.get_rank() == 0 else None
-    dist.barrier(group)
-    return result if dist.get_rank() == 0 else function(*args)
+    done = False
+    for turn in dist.get_rank() == 0, os.environ.get("LOCAL_RANK") == "0", True:
+        if turn and not done:
+            done, result = True, function(*args)
+        dist.barrier(group)
+    return result
 
 
 def any_process(flag):

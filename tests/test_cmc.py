@@ -261,6 +261,9 @@ def test_views_dir_trains(aligned, tmp_path):
     encoder.load_state_dict(torch.load(out / "encoder.pt", weights_only=True))
     with Image.open(out / "views.png") as picture:
         assert picture.size == (8 * 66 + 2, 4 * 66 + 2)                       # two rows of 8 images, for each view
+    (tmp_path / "colour").rename(tmp_path / "moved")                          # where they are may change
+    again = cmc.main(["--resume", str(out), "--views-dir", str(tmp_path / "moved"), aligned[1]])
+    assert again["linear"] == result["linear"]
 
 
 @pytest.mark.parametrize("root", [0, 1])
@@ -283,7 +286,9 @@ def test_views_dir_refuses(aligned, tmp_path, root, damage):
 
 @pytest.mark.parametrize("flags, named", [
     (["--views-dir", "only"], "--views-dir"), (["--views-dir", "a", "b", "--dataset", "shapes"], "--views-dir"),
-    (["--views-dir", "a", "b", "--jitter", "1"], "--jitter"), (["--views-dir", "nowhere", "b"], "nowhere")])
+    (["--views-dir", "a", "b", "--jitter", "1"], "--jitter"), (["--views-dir", "nowhere", "b"], "nowhere"),
+    (["--views-dir", "a", "b", "--data-dir", "c"], "--data-dir has no effect with --views-dir"),
+    (["--views-dir=a"], "--views-dir needs at least two folders")])
 def test_views_dir_flags(tmp_path, monkeypatch, flags, named):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal, match=named):

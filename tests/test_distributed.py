@@ -234,13 +234,34 @@ def test_a_failing_set_up_shows_what_the_processes_wrote(ended, tmp_path):
     assert any(f"line 10 of {rank}\n" in text and f"line 9 of {rank}\n" not in text for rank in (0, 1))
 
 
+def test_a_rank_alone_starts_nothing(monkeypatch):
+    """Some clusters and notebooks set it without the rest of what torchrun sets."""
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    assert distributed.start(torch.device("cpu")) == (0, 1)
+
+
+@pytest.mark.parametrize("rank, local, turns", [(0, 0, "f..."), (1, 1, "..f."), (2, 0, ".f.."), (3, 1, "..f.")])
+def test_one_process_of_each_machine_goes_first(rank, local, turns, monkeypatch):
+    """Two machines of two processes: which of the three turns a process takes; all wait after each."""
+    seen = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(dist, "barrier", lambda _: seen.append("."))
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    assert distributed.first_process_first(lambda x: seen.append("f") or x, 7) == 7
+    assert "".join(seen) == turns
+
+
 @pytest.mark.parametrize("device", ["cuda:0", "mps"])
 def test_devices_that_processes_cannot_share(device, monkeypatch):
     """Every process on one GPU, and MPS; a GPU each is right."""
     joined = []
     monkeypatch.setattr(dist, "init_process_group", joined.append)
     monkeypatch.setattr(torch.cuda, "set_device", joined.append)
-    for name in ("RANK", "LOCAL_RANK"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
     with pytest.raises(Refusal, match=f"--device {device}: "):
         distributed.start(torch.device(device))

@@ -284,9 +284,10 @@ def test_the_queues_length_follows_the_images(count, length, monkeypatch):
     assert settings.negatives == length
 
 
-def test_a_queue_longer_than_a_quarter_of_the_images_is_refused(tiny, here):
-    with pytest.raises(Refusal, match="--negatives 11 is more than a quarter of the 40 images"):
-        moco.main(tiny("moco", "--negatives", 11))
+@pytest.mark.parametrize("length", [0, 11])
+def test_an_empty_queue_or_one_longer_than_a_quarter_of_the_images_is_refused(length, tiny, here):
+    with pytest.raises(Refusal, match=f"--negatives {length} is not between 1 and a quarter of the 40 images, 10: "):
+        moco.main(tiny("moco", "--negatives", length))
 
 
 @pytest.mark.parametrize("script, flags, settings", [  # the recipe, and where it is from

@@ -536,7 +536,7 @@ def test_device_and_precision():
     assert cli.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert cli.pick_amp("bf16", CPU) == torch.bfloat16 and cli.pick_amp("off", CPU) is None
     assert cli.pick_amp("auto", CPU) in (None, torch.bfloat16)
-    for name in ("gpu", "cuda:99", "cpu:x"):
+    for name in ("gpu", "cuda:99", "cpu:x", "meta", "hpu"):
         with pytest.raises(Refusal, match=f"--device {name}"):
             cli.pick_device(name)
 
