@@ -259,7 +259,7 @@ def arguments(argv):
     parser.refuse_unused(args, unused, f"--dictionary {args.dictionary}")
     parser.refuse_unused(args, ("no_shuffle",) if args.bn_groups == 1 else (), "--bn-groups 1")
     if args.batch_size % args.bn_groups or args.batch_size == args.bn_groups > 1:
-        raise Refusal(f"--bn-groups {args.bn_groups} leaves no equal parts of 2 or more of --batch-size {args.batch_size}")
+        raise Refusal(f"--batch-size {args.batch_size} is not {args.bn_groups} equal parts of 2 or more (--bn-groups)")
     return args
 
 

@@ -48,11 +48,21 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
+def path(text):
+    """A path on the command line. Shells expand ~ only at the beginning of a word, not in --out=~/run."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return os.path.expanduser(text)
+
+
 class RunParser(Parser):
     """The parser of a training script, with the flags that all methods share."""
 
     def __init__(self, script, method, epochs, batch_size, photographs=False, datasets=data.NAMES):
         """epochs, batch_size: defaults. photographs: whether views are cut from a folder's uncropped photographs."""
+        if not Path(script).stem.isidentifier():
+            raise Refusal(f"{Path(script).name}: runs have the name of their script, which may only hold letters, "
+                          f"digits and _: rename it")
         super().__init__(prog=Path(script).name, add_help=False, description=f"{method}. The defaults shown are those "
                          f"for --dataset shapes, or for the flags given together with --help.")
         group = self.add_argument_group("settings that all methods share")
@@ -62,7 +72,7 @@ class RunParser(Parser):
             "download")
         add("--small", action="store_true", help="settings with which a real data set takes ten minutes to two "
             "hours without a GPU: smaller images, networks and batches, fewer epochs; other flags override them")
-        add("--data-dir", default="data", metavar="DIR",
+        add("--data-dir", type=path, default="data", metavar="DIR",
             help="folder of downloads, or of your images (DIR/train/CLASS/*, DIR/test/CLASS/*)")
         number("--image-size", 32, "[8, inf)", "side of the images in pixels")
         if photographs:
@@ -79,8 +89,8 @@ class RunParser(Parser):
         number("--cache-gb", 8.0, "[0, inf)", "GB of decoded images to keep on the device; larger sets are streamed")
         number("--knn-every", None, "[1, inf)", "epochs between kNN evaluations on the test images; one always follows "
                "the last epoch (default: as often as 5 %% of the training time allows)", int, metavar="N")
-        add("--out", help="folder of the run (default: the next free runs/METHOD-DATASET-SEED)")
-        add("--resume", metavar="RUN", help="continue the run in this folder, with its settings")
+        add("--out", type=path, help="folder of the run (default: the next free runs/METHOD-DATASET-SEED)")
+        add("--resume", type=path, metavar="RUN", help="continue the run in this folder, with its settings")
 
     def parse(self, argv, presets, free=()):
         """The settings of a new run, or of the run that --resume names, as a Namespace.
@@ -203,6 +213,8 @@ def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
     if "RANK" not in os.environ:                                              # torchrun's may be blocked in C++
         signal.signal(signal.SIGTERM, interrupt)
     free = limit_memory()
+    if hasattr(sys.stdout, "reconfigure"):                                    # names that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main()
     except KeyboardInterrupt as stop:
@@ -233,6 +245,11 @@ def way_out(error, free, memory):
         return "a checkpoint could not be written: make room on the disk of --out, then --resume"
     if text and ("gloo" in text or isinstance(error, torch.distributed.DistError)):
         return f"another process has ended or does not answer: see its own message (here: {text.splitlines()[0]})"
+    if "DataLoader worker" in text:
+        return ("a worker process could not send its images or was killed: lower --workers (0 uses none), enlarge "
+                "/dev/shm (docker run --shm-size) or set TMPDIR to a short path")
+    if any(what in text for what in ("C compiler", "C++ compiler", "triton installation")):
+        return "--compile needs a C++ compiler and, on a GPU, Triton: install them, or leave it out"
     return None
 
 
@@ -250,7 +267,9 @@ def limit_memory():
         if os.path.exists(file) and (limit := Path(file).read_text().strip()).isdecimal():
             free = min(free, int(limit))
     if not torch.cuda.is_available():                                         # CUDA reserves more than it uses
-        resource.setrlimit(resource.RLIMIT_DATA, (taken + free, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limits = [limit for limit in (taken + free, soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
     return free
 
 

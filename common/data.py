@@ -2,6 +2,7 @@
 """Data sets as batches of uint8 pixels, kept on the training device if they fit, otherwise streamed from disk."""
 import functools
 import itertools
+import multiprocessing.queues
 import os
 import signal
 import warnings
@@ -180,9 +181,11 @@ def stream(source, workers, index_batches=None, pin_memory=False):
     """Yields stacked batches of what a `Decoder` gives, for each index tensor (B,) or for all images in order, using
     worker processes. Raises Refusal, which names the first image that cannot be read and counts the others."""
     sampler, broken = torch.arange(len(source)).split(256) if index_batches is None else index_batches, []
-    for batch in DataLoader(source, batch_sampler=[index.tolist() for index in sampler], num_workers=workers,
-                            collate_fn=stack, pin_memory=pin_memory, worker_init_fn=ignore_interrupts,
-                            generator=torch.Generator()):                     # not torch's own
+    with warnings.catch_warnings(action="ignore"):                            # of more workers than cores
+        loader = DataLoader(source, batch_sampler=[index.tolist() for index in sampler], num_workers=workers,
+                            collate_fn=stack, pin_memory=pin_memory, worker_init_fn=start_worker,
+                            generator=torch.Generator())                      # not torch's own
+    for batch in loader:
         if isinstance(batch, list):
             broken += batch                                                   # the rest is only counted
         elif not broken:
@@ -192,9 +195,11 @@ def stream(source, workers, index_batches=None, pin_memory=False):
                       f"{broken[0]}, nor can {len(broken) - 1:,} more: repair or remove them")
 
 
-def ignore_interrupts(_):
-    """For a worker: Ctrl-C reaches it too, but is the main process's, which still needs it for the step it finishes."""
+def start_worker(_):
+    """Leaves Ctrl-C to the main process, which still needs the worker for the step that it finishes and saves. And ends
+    the worker if it cannot send a batch (/dev/shm is full), for which the main process would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
 
 
 def stack(images):
@@ -238,12 +243,13 @@ def to_pixels(image, size, squash=False):
 
 def image_files(folder):
     """The images in a folder and its subfolders, each once by its real path. Links are followed last, and never to a
-    parent folder; hidden files (.ipynb_checkpoints, ._1.jpg), pipes and devices are left out. Raises OSError."""
+    parent folder; hidden files (.ipynb_checkpoints, ._1.jpg), pipes, devices and the pictures of runs are left out.
+    Raises OSError."""
     def fail(error):
         raise error
     found, seen, tops = [], set(map(str, Path(folder).resolve().parents)), [folder]
     for place, folders, names in (level for top in tops for level in os.walk(top, onerror=fail)):
-        if (real := os.path.realpath(place)) in seen:
+        if (real := os.path.realpath(place)) in seen or {"args.json", "log.jsonl"} <= set(names):         # a run
             folders.clear()
             continue
         seen.add(real)
@@ -265,8 +271,8 @@ def folder(root):
         return sorted((place[0], file) for place, file in places if len(place) > 1)
 
     if not root.is_dir():
-        raise Refusal(f"--data-dir {root} is not a folder: --dataset folder reads {root}/train/CLASS/* and "
-                      f"{root}/test/CLASS/*, or images without classes below {root}")
+        raise Refusal(f"{root} is not a folder: --data-dir names one, where --dataset folder reads train/CLASS/* and "
+                      f"test/CLASS/*, or images without classes")
     train, test = root / "train", next((root / part for part in ("test", "val") if (root / part).is_dir()), None)
     pairs = [by_class(part) if part and part.is_dir() else [] for part in (train, test)]
     if [] in pairs:

@@ -37,7 +37,7 @@ class Run:
         """
         self.method, self.settings, self.device, self.rank = Path(script).stem, settings, device, rank
         self.tracked, self.history, self.encoders, self.signal, self.since = {}, [], {}, None, time.perf_counter()
-        self.resumed, self.facts = bool(settings["resume"]), facts
+        self.resumed, self.facts, self.size = bool(settings["resume"]), facts, None           # training images
         self.folder = Path(settings["resume"] or settings["out"] or
                            "runs/{}-{dataset}-{seed}".format(self.method, **settings))
         if settings["out"] and not self.resumed and rank == 0:
@@ -45,7 +45,10 @@ class Run:
 
     def say(self, text):
         if self.rank == 0:
-            print(shown(text, kept="\n"), flush=True)
+            try:
+                print(shown(text, kept="\n"), flush=True)
+            except BrokenPipeError:                                           # Ctrl-C ends `| tee`, too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def ready(self, what, text):
         """Prints a line about the start-up: what is ready, and the seconds since the previous line or the start."""
@@ -65,6 +68,7 @@ class Run:
             raise Refusal(f"--store-size {s['store_size']} is less than --image-size {s['image_size']}: raise it")
         self.images = data.load(s["dataset"], data_dir or s["data_dir"], s["image_size"], self.device, s["workers"],
                                 s["cache_gb"], s["seed"], store_size)
+        self.size = len(self.images.train)
         batches = data.Batches(self.images.train, s["batch_size"], s["seed"], *distributed.rank_and_world())
         words = [f"{k.replace('_', '-')} {v}" for k, v in {**s, **self.facts}.items() if v is not None]
         self.say(textwrap.fill(f"{self.method}: " + ", ".join(words), 100, subsequent_indent="    ",
@@ -93,9 +97,10 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=self.folder.exists())    # another run may have made it
         else:
             first = self.folder
+            first.parent.mkdir(parents=True, exist_ok=True)                   # a broken link: an error, once
             for number in itertools.count(2):
                 with contextlib.suppress(FileExistsError):
-                    self.folder.mkdir(parents=True)
+                    self.folder.mkdir()
                     break
                 self.folder = Path(f"{first}-{number}")
         capabilities = getattr(torch.cpu, "get_capabilities", dict)           # missing in older versions
@@ -159,7 +164,7 @@ class Run:
         state = {name: thing.state_dict() for name, thing in self.tracked.items()}
         if not all(value.isfinite().all() for value in state.get("model", {}).values()):
             raise self.not_finite("the weights are not finite")
-        state.update(method=self.method, epoch=epoch, step=step, history=self.history)
+        state.update(method=self.method, epoch=epoch, step=step, history=self.history, images=self.size)
         self.write("checkpoint.pt", lambda path: torch.save(state, path))
         self.save_encoder()
 
@@ -177,6 +182,9 @@ class Run:
         Raises Refusal if the checkpoint is damaged or has another structure than this run would save (`alike`), such as
         that of another model, which would otherwise only fail during training.
         """
+        if self.resumed and not self.saved() and (self.folder / "encoder.pt").exists():
+            raise Refusal(f"{self.folder}/checkpoint.pt is missing, and training anew would overwrite the results "
+                          f"there: put it back or start a new run")
         if not self.resumed or not self.saved():                              # or killed in its first epoch
             return 0, 0
         path, optimizer = self.folder / "checkpoint.pt", self.tracked["optimizer"]
@@ -204,6 +212,9 @@ class Run:
             reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
             raise Refusal(f"{path} is not a valid checkpoint of this run ({reason}): replace it by a good one or "
                           f"start a new run") from None
+        if (had := state.get("images", self.size)) != self.size:              # older runs have not noted it
+            raise Refusal(f"--data-dir has {self.size} training images, but {had} when {self.folder} was saved: name "
+                          f"those, or start a new run")
         self.history = history
         return epoch, step
 
@@ -235,6 +246,9 @@ class Run:
         if failed and self.rank == 0 and not self.resumed and not self.saved() and not self.history:
             (self.folder / "args.json").unlink(missing_ok=True)               # a new run without any result
             self.folder.rmdir()
+        if not error and self.stop_requested():                               # during the last epoch's evaluation
+            self.say(f"\nstopped, trained and saved; evaluate with --resume {self.folder}")
+            sys.exit(128 + (self.signal or signal.SIGTERM))
         if not failed:
             distributed.end()
 
@@ -286,7 +300,7 @@ def write_file(path, write):
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = error.filename or str(path)                      # a full disk's error has none
+            error.filename = str(path)                                        # not `part`; a full disk's has none
         raise
     os.replace(part, path)
 
@@ -324,7 +338,7 @@ def refuse_taken(folder):
     """Raises Refusal if the folder named by --out cannot be used for a new run."""
     if (folder / "args.json").exists():
         raise Refusal(f"--out {folder} already holds a run: continue it with --resume {folder}, or name another folder")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if (folder.exists() or folder.is_symlink()) and (not folder.is_dir() or any(folder.iterdir())):
         raise Refusal(f"--out {folder} exists and is not an empty folder: name another")
 
 

@@ -37,8 +37,7 @@ def pytest_configure(config):
     """Warnings are errors, but for those that we cannot help."""
     for line in ("error",
                  r"ignore:.torch\.cpu\.amp\.autocast:FutureWarning",         # in torch 2.4, of its checkpoint()
-                 "ignore:Python 3.14 will, by default, filter extracted tar:DeprecationWarning",         # torchvision
-                 "ignore:This DataLoader will create 2 worker processes:UserWarning"):                   # on one core
+                 "ignore:Python 3.14 will, by default, filter extracted tar:DeprecationWarning"):        # torchvision
         config.addinivalue_line("filterwarnings", line)
 
 

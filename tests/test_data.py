@@ -383,6 +383,16 @@ def test_hidden_files_and_folders_are_ignored(tmp_path):
     assert data.classes == ("cat", "dog") and data.train.labels.tolist() == [0, 0, 1, 1]
 
 
+def test_the_pictures_of_a_run_are_no_images(tmp_path):
+    """Of one below the folder that it was trained on, say."""
+    mixed_folder(tmp_path, 2)
+    n = len(load_folder(tmp_path).train)
+    (tmp_path / "runs" / "simclr-folder-0").mkdir(parents=True)
+    for name in ("args.json", "log.jsonl", "curve.png"):
+        (tmp_path / "runs" / "simclr-folder-0" / name).write_bytes(b"")
+    assert len(load_folder(tmp_path).train) == n
+
+
 def test_links_to_folders_are_followed(tmp_path):
     pixels = labelled_folder(tmp_path / "elsewhere")
     for part in ("train", "test"):
@@ -492,6 +502,19 @@ def test_workers_leave_ctrl_c_to_the_main_process(tmp_path):
     run = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=60,
                          start_new_session=True)
     assert (run.stdout, run.stderr) == ("asked to stop\n20\n", "")
+
+
+def test_a_worker_that_cannot_send_its_images(tmp_path):
+    """Here because its socket's path is too long, elsewhere because /dev/shm is full: a sentence, and no waiting."""
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "0.png")
+    far = tmp_path / ("x" * 100)
+    far.mkdir()
+    code = (f"from common.data import Decoder, stream\nfrom common import cli\n"
+            f"cli.program(lambda: list(stream(Decoder([{str(tmp_path / '0.png')!r}]), 1)))")
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, timeout=60, text=True,
+                         capture_output=True, env=os.environ | {"TMPDIR": str(far)})
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "a worker process could not send its images or was killed: lower --workers" in run.stderr
 
 
 def test_source_can_be_sent_to_workers(tmp_path):

@@ -139,7 +139,7 @@ def test_frechet_of_another_size(run, tiny, here):
 
 def test_samples_need_no_data(run, photographs):
     """With the data set gone there are samples and completions still, then one sentence."""
-    with pytest.raises(Refusal, match="--data-dir nowhere"):
+    with pytest.raises(Refusal, match="nowhere is not a folder: --data-dir names one"):
         gcrl.main(["--sample", run, "--data-dir", "nowhere", "--complete", *photographs])
     assert {f"samples{NAME}.png", f"completions{NAME}.png"} <= contents(run).keys()
 

@@ -21,7 +21,7 @@ import simclr
 from common import cli
 from common.cli import Refusal
 from common.evaluation import __main__ as evaluate
-from common.progress import Progress, clock, feature_std
+from common.progress import Monitor, Progress, clock, feature_std
 from common.run import Run, cosine, lock
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +112,66 @@ def test_nothing_is_made_before_training(script, here, tiny, monkeypatch):
             patch.setattr(place, name, interrupted)
             script.main(tiny(script, *more))
         assert not list(here.iterdir()) or not list((here / "runs").iterdir())
+
+
+def test_a_link_to_a_disk_that_is_not_there(here):
+    (here / "runs").symlink_to(here / "nowhere")
+    (here / "run").symlink_to(here / "nowhere")
+    with pytest.raises(FileExistsError):
+        new_run(None)
+    with pytest.raises(Refusal, match="--out run exists and is not an empty folder"):
+        new_run("run")
+
+
+def test_a_finished_run_is_not_trained_anew(either, finished, here, content, same):
+    """If its checkpoint, the largest file, was deleted, --resume has nothing to go on from, and results to lose."""
+    shutil.copytree(finished(either).folder, here / "run")
+    Path("run/checkpoint.pt").unlink()
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    with pytest.raises(Refusal, match="run/checkpoint.pt is missing, and .* put it back or start a new run"):
+        either.main(["--resume", "run"])
+    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_a_run_is_resumed_with_its_images(finished, images, here):
+    """Other images, of which an epoch has fewer steps, would give means that cannot be."""
+    shutil.copytree(finished(simclr).folder, here / "run")
+    with pytest.raises(Refusal, match="--data-dir has 10 training images, but 40 when run was saved"):
+        simclr.main(["--resume", "run", "--data-dir", images / "test"])
+
+
+def test_interrupted_in_the_last_evaluation(tiny, here, monkeypatch, capsys):
+    """Ctrl-C during the last epoch's kNN ends the program once that epoch is saved; --resume only evaluates."""
+    judge = Monitor.judge
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return judge(self)
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "judge", interrupted)
+        patch.setattr(Monitor, "due", lambda *_: False)                       # but for the last epoch
+        with pytest.raises(SystemExit) as stop:
+            simclr.main(tiny(simclr, "--out", "run"))
+    assert stop.value.code == 130 and "evaluate with --resume run" in capsys.readouterr().out
+    assert not Path("run/result.json").exists()
+    assert simclr.main(["--resume", "run"])["linear"]["trained"] > 0
+
+
+def test_ctrl_c_ends_tee_first(tiny, here):
+    """What is printed has nowhere to go; what is saved, has."""
+    with open("errors", "w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "simclr.py", *tiny(simclr, "--epochs", 100_000, "--out", "run")],
+            stdout=subprocess.PIPE, stderr=errors, text=True)
+    try:
+        next(line for line in process.stdout if line.startswith("epoch "))
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130 and Path("errors").read_text() == ""
+    finally:
+        process.kill()
+        process.wait()
+    assert torch.load("run/checkpoint.pt", weights_only=True)["epoch"] >= 1
 
 
 def test_what_is_saved_stays(here):
@@ -316,7 +376,7 @@ def test_second_signal(here, number):
     caught = []
     try:
         signal.signal(number, lambda *_: caught.append(1))
-        with (run := a_run()):
+        with pytest.raises(SystemExit), (run := a_run()):                     # at its end, as it was asked to stop
             assert not run.stop_requested()
             os.kill(os.getpid(), number)
             assert run.stop_requested() and not caught
@@ -475,6 +535,8 @@ def test_intervals(parse, good, bad):
     (Refusal("give up"), 2, "give up"), (FileNotFoundError(2, "No such file", "x.png"), 2, "x.png: No such file"),
     (OSError(28, "No space left on device"), 2, "a file: No space left on device"),
     (KeyboardInterrupt(), 130, "interrupted"), (torch.OutOfMemoryError("CUDA"), 2, "--batch-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 2, "lower --workers (0 uses none)"),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in ..."), 2, "--compile needs a C++ compiler"),
 ])
 def test_program(error, status, sentence, monkeypatch, capsys):
     """What ends a program is one sentence on stderr and an exit status."""
@@ -486,6 +548,37 @@ def test_program(error, status, sentence, monkeypatch, capsys):
         cli.program(main)
     err = capsys.readouterr().err
     assert stop.value.code == status and err.startswith("simclr.py: ") and sentence in err and err.count("\n") == 1
+
+
+def test_a_limit_of_the_users_own_is_kept(monkeypatch):
+    """`ulimit -d`, hard or soft, below what is free."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    limits = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
+    for pair in ((3000, 5000), (resource.RLIM_INFINITY, 5000), (3000, resource.RLIM_INFINITY)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _: pair)
+        if not math.isnan(cli.limit_memory()):                                # as on macOS
+            assert limits.pop() == (min(x for x in pair if x > 0), pair[1])
+
+
+def test_a_path_is_one():
+    assert cli.path("~/x") == os.path.expanduser("~/x") != "~/x" and cli.path("a ~") == "a ~"
+    with pytest.raises(Refusal, match="--out: the path is empty"):
+        simclr.arguments(["--out="])
+
+
+@pytest.mark.parametrize("name", ["my-simclr.py", "simclr.v2.py"])
+def test_a_script_needs_a_name_that_its_runs_can_have(name):
+    with pytest.raises(Refusal, match=f"{name}: .* rename it"):
+        cli.RunParser(f"/x/{name}", "SimCLR", 1, 2)
+
+
+def test_text_that_the_terminal_cannot_show():
+    code = "from common import cli; cli.program(lambda: print('a b/\\u00e9\\u65e5\\udcff.png'))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+                         capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("a b/\\xe9\\u65e5\\udcff.png\n", "")
 
 
 def test_program_hides_no_bug():

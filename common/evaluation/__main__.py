@@ -16,9 +16,9 @@ def arguments(argv):
     parser = cli.Parser(prog="python -m common.evaluation", description="Evaluates a run of any script. With "
                         "--export, --map or --neighbours it does only that.")
     add, number = parser.add_argument, parser.number
-    add("run", metavar="RUN", help="folder of a run")
+    add("run", type=cli.path, metavar="RUN", help="folder of a run")
     add("--dataset", choices=NAMES, help="data set to evaluate on (default: the run's, or the images in --data-dir)")
-    add("--data-dir", metavar="DIR", help="folder of downloads or of your images (default: that of the run)")
+    add("--data-dir", type=cli.path, metavar="DIR", help="folder of downloads or of your images (default: the run's)")
     number("--labels", None, "(0, 1]", "also probe with these fractions of the labels, e.g. 0.01 0.1", nargs="+",
            metavar="SHARE", kind=float)
     number("--draws", 5, "[1, inf)", "random draws of labels for each fraction")
@@ -29,7 +29,8 @@ def arguments(argv):
         "(default: 60 with at most a hundredth of the labels, else 30)", kind=int)
     add("--ood", nargs="+", metavar="D", help="data sets or folders of images to detect as out-of-distribution")
     add("--blocks", action="store_true", help="linear probe of each block of a generator, plotted in blocks.png")
-    add("--export", metavar="FILE", help="write features, labels and file names to this .npz file, for numpy.load")
+    add("--export", type=cli.path, metavar="FILE", help="write features, labels and file names to this .npz file, for "
+        "numpy.load")
     add("--map", action="store_true", help="plot the test features in two dimensions (t-SNE), in map.png")
     add("--neighbours", nargs="+", metavar="IMAGE", help="find the training images whose features are closest to those "
         "of your images: nearest.png, and their names")

@@ -16,7 +16,7 @@ def arguments(argv, script):
     parser = cli.Parser(prog=Path(script).name, description="Samples images from a trained run, with its settings, "
                         "and saves them in its folder.")
     add, number = parser.add_argument, parser.number
-    add("--sample", metavar="RUN", required=True, help="folder of the run to sample from")
+    add("--sample", type=cli.path, metavar="RUN", required=True, help="folder of the run to sample from")
     number("--temperature", 1.0, "[0.001, inf)", "divides the logits")
     number("--top-k", None, "[1, inf)", "sample from the K most likely tokens only; the first pixel follows its "
         "frequency in the training images (default: all tokens)", metavar="K", kind=int)
@@ -28,7 +28,7 @@ def arguments(argv, script):
         "features of this run (of any script), compared with that between two such sets of test images")
     number("--seed", None, "[0, 4294967295]", "random seed (default: that of the run)", kind=int)
     add("--device", help="auto, cpu, mps, cuda or cuda:N (default: that of the run)")
-    add("--data-dir", metavar="DIR", help="folder of the run's data set (default: where it was)")
+    add("--data-dir", type=cli.path, metavar="DIR", help="folder of the run's data set (default: where it was)")
     number("--workers", None, "[0, inf)", "processes that decode images (default: that of the run)", kind=int)
     number("--cache-gb", None, "[0, inf)", "GB of decoded images kept on the device (default: the run's)", kind=float)
     args = parser.parse_args(argv)

@@ -66,7 +66,8 @@ def filled(build, args, folder, name):
         state = read_tensors(path)
         state = state["model"] if name == "checkpoint.pt" else state
     except FileNotFoundError:
-        raise Refusal(f"{path} is missing: that run has saved nothing; try --resume {folder}") from None
+        saved = (Path(folder) / "encoder.pt").exists()                        # else --resume would train it anew
+        raise Refusal(f"{path} is missing: " + ("put it back" if saved else f"try --resume {folder}")) from None
     except Exception as error:                                                # zip, pickle and key errors
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
         raise Refusal(f"{path} cannot be read ({reason}): train that run again") from None
