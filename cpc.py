@@ -4,9 +4,9 @@ version 2: Data-Efficient Image Recognition with Contrastive Predictive Coding (
 
 An image is cut into a G x G grid of overlapping patches. An encoder maps each patch to a vector z_{i,j}; a masked
 convolutional network summarises rows i - 5 to i in a context c_{i,j}, from which a linear map W_k predicts the patch k
-rows below. InfoNCE has to tell that patch from those of other places and other images (v2, equation 2):
+rows below. InfoNCE has to tell that patch from those of other places and other images (v2, equation 2; t = W z):
 
-    L = - mean over i, j, k of  log  exp(W_k c_{i,j} . t_{i+k,j}) / sum_l exp(W_k c_{i,j} . t_l),      t = W z
+    L = - mean over k of the mean over i, j of  log  exp(W_k c_{i,j} . t_{i+k,j}) / sum_l exp(W_k c_{i,j} . t_l)
 
 v2 predicts in four directions, each with its own context network. The representation that is kept and evaluated is
 the mean of z over the grid.
@@ -49,8 +49,8 @@ TONES = (functional.invert, functools.partial(functional.posterize, bits=3),    
 def view(x, rng, size, crop_min, augmentation, colour_drop, patch, stride, aspect=None):
     """The augmented patches of each image: x uint8 (N, 3, H, W) to float (N, G, G, 3, patch, patch) in [0, 1].
 
-    crop_min: smallest share of the image's area that its crop keeps. augmentation: "v1" shifts each patch a little (a
-    crop of 60 out of 64 pixels, padded); "v2" flips, shears, bends and recolours each patch on its own, and drops two
+    crop_min: smallest share of the image's area that its crop keeps. augmentation: "v1" shifts each patch a little
+    (v1: crops 60 of 64 pixels, padded); "v2" flips, shears, bends and recolours each patch on its own, and drops two
     of its channels with probability colour_drop. aspect: (N,), width / height of photographs resized to these squares.
     """
     side = (size - patch) // stride + 1

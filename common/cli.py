@@ -185,6 +185,7 @@ def in_interval(interval, kind):
     """An argparse type: an int or float (`kind`) in an interval such as "[0, 1]", or "(0, inf)", which is open."""
     low, high = map(float, interval[1:-1].split(","))
     high = min(high, 2**32) if kind is int else high                          # torch's limit
+    named = interval.replace("inf", "2^32") if kind is int else interval
 
     def parse(text):
         try:
@@ -192,7 +193,7 @@ def in_interval(interval, kind):
         except ValueError:
             value = math.nan                                                  # in no interval
         if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number in {interval}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number in {named}")
         return value
     return parse
 

@@ -124,9 +124,10 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
     `shapes` and `patterns` have 2,000 training images, of which 500 are labelled, and 1,000 test images; with more
     labels, neighbours in pixel space would already suffice. data_dir: the folder of downloads or of the user's
     images, or a list of `aligned` folders, whose images are stacked, 3 channels each. cache_gb: how many 10^9 bytes may
-    be kept on the device; else `workers` processes stream all of it. seed: of `shapes` and `patterns`. store_size: the
-    side of the squares to which a folder's training images are resized whole (at most the largest image's), so that
-    views can be cut from the whole photograph; None: they are cropped. Raises Refusal if images are missing or broken.
+    be kept on the device; else `workers` processes stream all of it. seed: of `shapes` and `patterns`. store_size:
+    the side of the squares to which training images of a folder or of stl10 are resized whole (at most the largest
+    one's), so that views can be cut from the whole photograph; None: they are cropped. Raises Refusal if images are
+    missing or broken.
     """
     roots = list(map(Path, data_dir if isinstance(data_dir, (list, tuple)) else [data_dir]))
     channels, why, whole, aspect = 3 * len(roots), "", None, None
@@ -139,7 +140,7 @@ def load(name, data_dir, image_size, device, workers, cache_gb, seed=0, store_si
             distributed.first_process_first(download, name, data_dir)
         parts = [part and (Decoder(part[0], image_size, channels), part[1]) for part in found]
         items, labels = found[0] or found[1]
-        if name == "folder" and store_size:
+        if name in ("folder", "stl10") and store_size:
             sizes = stream(Decoder(items, read=upright_size), workers)
             sizes = torch.cat(list(counted(sizes, -(-len(items) // 256), "headers of 256 images read")))
             side, aspect = max(image_size, min(store_size, int(sizes.max()))), (sizes[:, 0] / sizes[:, 1]).float()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """CPC's loss against its equation, and by gradient that no prediction sees what it predicts."""
+import json
 import math
 
 import pytest
@@ -120,6 +121,12 @@ def test_batch_norm_lets_a_prediction_see_its_target():
 def test_steps_ahead_share_no_pixel(patch, stride, ahead):
     assert list(cpc.steps_ahead(patch, stride, 5)) == ahead
     assert all(k * stride >= patch for k in ahead) and (ahead[0] - 1) * stride < patch
+    assert list(cpc.steps_ahead(patch, stride, 5, first=1)) == [1, 2, 3, 4, 5]
+
+
+def test_first_reaches_the_model(tiny, here):
+    cpc.main(tiny("cpc", "--first", 1, "--out", "run"))
+    assert json.loads((here / "run" / "args.json").read_text())["ahead"].startswith("1 to")
 
 
 # ---- patches and model
@@ -199,6 +206,49 @@ def test_tones():
     torch.testing.assert_close(solarized, torch.minimum(ramp, 1 - ramp))
 
 
+@pytest.mark.parametrize("augmentation", ["v1", "v2"])
+def test_what_is_done_to_a_share_of_the_patches(augmentation, monkeypatch):
+    """v2 changes the tones of a tenth of the patches in each way, and jitters and warps patches; v1 does neither."""
+    shares, calls = [0, 0, 0], []
+    for i, change in enumerate(tones := list(cpc.TONES)):
+        def counted(x, i=i, change=change):
+            shares[i] += len(x) / 1024
+            return change(x)
+        tones[i] = counted
+    monkeypatch.setattr(cpc, "TONES", tones)
+    for module, name in ((augment, "random_color_jitter"), (cpc, "random_warp"), (augment, "random_grayscale")):
+        def called(rng, n, *args, name=name, function=getattr(module, name), **kwargs):
+            calls.append((name, n, *args, *kwargs.values()))
+            return function(rng, n, *args, **kwargs)
+        monkeypatch.setattr(module, name, called)
+    x = torch.randint(1, 256, (16, 3, 16, 16), dtype=torch.uint8)
+    cpc.view(x, augment.Random(0), 16, 1.0, augmentation, 0.0, 2, 2)
+    if augmentation == "v1":
+        assert shares == [0, 0, 0] and not calls
+    else:
+        assert shares == pytest.approx([0.1] * 3, abs=0.03)
+        assert calls == [("random_warp", 1024), ("random_color_jitter", 1024, 0.4, 0.4, 0.4, 0.1, 0.8),
+                         ("random_grayscale", 1024, 0.2)]
+
+
+def test_the_image_is_cropped_and_flipped_before_its_patches():
+    """By v1, whose patches are only shifted: half of the images are mirrored, and crops are as large as asked for."""
+    ramp = torch.arange(64, dtype=torch.uint8).expand(200, 3, 64, -1)
+    patches = cpc.view(ramp, augment.Random(0), 64, 1.0, "v1", 0.0, 16, 16)
+    rises = patches[:, 0, 3].mean(dim=(1, 2, 3)) > patches[:, 0, 0].mean(dim=(1, 2, 3))
+    assert 0.4 < rises.float().mean() < 0.6
+    spans = [(p[:, 0, 3].mean(dim=(1, 2, 3)) - p[:, 0, 0].mean(dim=(1, 2, 3))).abs().mean() for p in (
+        patches, cpc.view(ramp, augment.Random(0), 64, 0.1, "v1", 0.0, 16, 16))]
+    assert spans[1] < 0.85 * spans[0]                                         # a crop shows less of the ramp
+
+
+def test_every_channel_may_be_the_one_that_is_kept():
+    x = torch.randint(1, 256, (32, 3, 16, 16), dtype=torch.uint8)
+    patches = cpc.view(x, augment.Random(0), 16, 1.0, "v2", 1.0, 8, 8).flatten(0, 2)
+    kept = (patches != 0.5).any(dim=(2, 3)).float().mean(dim=0)               # (3,)
+    assert kept == pytest.approx([1 / 3] * 3, abs=0.15)
+
+
 def test_drop_colours_by_value():
     x = torch.rand(3, 3, 2, 2)
     y = cpc.drop_colours(x, torch.tensor([0, 2, 1]))
@@ -217,12 +267,19 @@ def test_encoder_is_the_mean_over_the_grid(norm):
     assert torch.allclose(model.encoder(x), z.mean(dim=(2, 3)), atol=1e-5)
 
 
-def test_black_images_train():
-    """Layer norm of a patch of zeros would make the gradients of its layers explode."""
+def test_dark_images_train():
+    """Layer norm of a patch near zero would amplify its noise; as patches enter the network, black ones are at -1."""
     model = new_model()
-    loss = sum(cpc.info_nce(*pair) for pair in cpc.pairs(*model(torch.zeros(2, 4, 4, 3, 8, 8))[1:], model.ahead))
-    loss.backward()
-    assert max(p.grad.abs().max() for p in model.parameters()) < 1e3
+    x = 1e-3 * torch.rand(2, 4, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    sum(cpc.info_nce(*pair) for pair in cpc.pairs(*model(x)[1:], model.ahead)).backward()
+    assert max(p.grad.abs().max() for p in model.parameters()) < 0.1
+
+
+def test_contexts_are_averaged_over_the_grid():
+    model, x = new_model().eval(), torch.rand(3, 3, 20, 20)
+    expected = torch.cat(model.context(model.encoder.grid(cpc.cut(x, 8, 4))), dim=1).mean(dim=(2, 3))
+    assert expected.shape == (3, 4 * model.encoder.feature_dim)
+    torch.testing.assert_close(cpc.ContextEncoder(model)(x), expected)
 
 
 def test_mosaic_shows_every_patch():

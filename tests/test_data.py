@@ -788,6 +788,15 @@ def test_a_data_set_is_downloaded_once(tmp_path, monkeypatch, web, publish):
         web.clear()
 
 
+def test_views_are_cut_from_all_of_stl10s_pixels(tmp_path, monkeypatch, web):
+    """And not from images that were resized to the views' size before; they are evaluated at that size."""
+    stl10(web, monkeypatch.setattr)
+    data = load("stl10", tmp_path, 64, CPU, 0, 1, store_size=128)
+    assert data.train.shape == (3, 96, 96) and (data.train.aspect == 1).all() and data.train.labels is None
+    assert len(data.train) == len(data.centred) == 7 and data.centred.shape == data.test.shape == (3, 64, 64)
+    assert load("stl10", tmp_path, 96, CPU, 0, 1, store_size=192).train.shape == (3, 96, 96)
+
+
 @SETS
 @WORKERS
 def test_a_data_set_can_be_streamed_and_resized(tmp_path, monkeypatch, web, publish, workers):

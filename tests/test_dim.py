@@ -245,6 +245,7 @@ def test_amdims_embeddings_are_the_authors():
     end, over all places of all images."""
     torch.manual_seed(0)
     model, x = dim.AMDIM(dim.MultiscaleEncoder(32, 2, 8, 1)), torch.rand(2, 8, 5, 5)
+    assert (model.clip, model.penalty) == (20, 0.05)                          # the authors'
     embedding = model.embeddings["5"]
     assert not embedding.out.weight.any() and embedding.out.bias is None
     assert (embedding.shortcut.weight - torch.eye(8)).abs().max() <= 0.01
@@ -322,9 +323,9 @@ def test_hue_is_turned_less_in_large_images(size, hue, monkeypatch):
     """AMDIM's own views: of CIFAR-10 at 32 and of STL-10 at 64 pixels by 0.2, of ImageNet at 128 by 0.1."""
     turns, jitter = [], augment.random_color_jitter
     monkeypatch.setattr(augment, "random_color_jitter", lambda rng, n, *strengths, p: (
-        turns.append(strengths[3]), jitter(rng, n, *strengths, p=p))[1])
+        turns.append((*strengths, p)), jitter(rng, n, *strengths, p=p))[1])
     dim.random_views(torch.zeros(2, 3, size, size, dtype=torch.uint8), augment.Random(0), size, 2)
-    assert turns == [hue, hue]
+    assert turns == [(0.4, 0.4, 0.4, hue, 0.8)] * 2
 
 
 @pytest.mark.parametrize("flags, named", [

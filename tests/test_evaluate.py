@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from common.cli import Refusal
 from common.data import Images, load
 from common.evaluation import __main__ as evaluate
 from common.evaluation import out_of_distribution as ood
-from common.evaluation import runs
+from common.evaluation import few_labels, runs
 from common.evaluation.few_labels import balanced, finetune, freeze
 
 CPU = torch.device("cpu")
@@ -134,6 +135,19 @@ def test_frozen_stages_stay_bitwise(frozen):
     names = [["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]]
     frozen_names = {name for name in before if name.split(".")[0] in sum(names[:frozen], [])}
     assert still == frozen_names
+
+
+@pytest.mark.parametrize("n, share, epochs, steps", [
+    (40, 1.0, None, [200, 400]), (40, 1.0, 8, [5, 10]), (6400, 1.0, None, [3000, 6000]),
+    (64_000, 0.01, None, [600, 1200]), (6400, 0.01, None, [200, 400])])
+def test_steps_of_finetuning(n, share, epochs, steps, monkeypatch):
+    """60 passes with 1 % of the labels, 30 with all, but 200 steps at least, in fewer of which nothing is learnt."""
+    seen = []
+    monkeypatch.setattr(few_labels, "finetune", lambda *args, seed: seen.append(args[-1]) or 0.5)
+    images = SimpleNamespace(labelled=SimpleNamespace(labels=torch.arange(n) % 2), test=None)
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    few_labels.compare_finetuning(images, module, module, [share], 1, [0], epochs, None)
+    assert seen == steps
 
 
 def test_finetuning_learns():

@@ -25,8 +25,9 @@ def arguments(argv):
     add("--finetune", action="store_true", help="fine-tune the encoder on the labels, and train one from scratch")
     number("--frozen-stages", [0], "[0, inf)", "number of first stages that --finetune keeps frozen, or several "
         "numbers to compare", nargs="+", metavar="N", kind=int)
-    number("--epochs", None, "[1, inf)", "passes of --finetune over the labelled images; twice as many from scratch "
-        "(default: 60 with at most a hundredth of the labels, else 30)", kind=int)
+    number("--epochs", None, "[1, inf)", "passes of --finetune over the labelled images, drawn with replacement; twice "
+        "as many from scratch (default: 60 with at most a hundredth of the labels, else 30; at least 200 steps)",
+        kind=int)
     add("--ood", nargs="+", metavar="D", help="data sets or folders of images to detect as out-of-distribution")
     add("--blocks", action="store_true", help="linear probe of each block of a generator, plotted in blocks.png")
     add("--export", type=cli.path, metavar="FILE", help="write features, labels and file names to this .npz file, for "

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import augment, linear_probe
 
-BATCH_SIZE = 64  # of fine-tuning
+BATCH_SIZE, LEAST_STEPS = 64, 200  # of fine-tuning
 
 
 def balanced(labels, fraction, seed):
@@ -104,7 +104,7 @@ def probe(images, x, shares, draws):
 
 def compare_finetuning(images, encoder, untrained, shares, draws, frozen_stages, epochs, amp):
     """{"share, n frozen": `compare` of "finetuned" and "scratch", trained by the same recipe but for twice as long} for
-    each n in frozen_stages."""
+    each n in frozen_stages. epochs: as many images as in so many passes, or None: 60 or 30, but `LEAST_STEPS`."""
     weights = [sum(p.numel() for part in stage for p in ([part] if torch.is_tensor(part) else part.parameters()))
                for stage in stages(encoder)]
     passes = {str(share): epochs or (60 if share <= 0.01 else 30) for share in shares}
@@ -113,7 +113,7 @@ def compare_finetuning(images, encoder, untrained, shares, draws, frozen_stages,
     def score(row, share, index, seed):
         start, still, longer = (encoder, n, 1) if row == "finetuned" else (untrained, 0, 2)
         if (key := (row, still, share, seed)) not in done:                    # "scratch" is the same for each n
-            steps = max(1, round(longer * passes[str(share)] * len(index) / BATCH_SIZE))
+            steps = longer * max(1 if epochs else LEAST_STEPS, round(passes[str(share)] * len(index) / BATCH_SIZE))
             done[key] = finetune(copy.deepcopy(start), images.labelled, index, images.test, still, amp, steps,
                                  seed=seed)
         return done[key]
