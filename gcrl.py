@@ -18,7 +18,7 @@ Differences from the paper: --alpha weights L_g / (D - 1), the mean over the pre
 equation above. Network, tau, weak view, schedule and 32 x 32 tokens are our choices.
 
 Measured, linear / kNN: `shapes`, three seeds, 42.9 / 21.1 (untrained 22.6 / 11.5); CIFAR-10 (JPEG), --small (36.6 /
-31.2), 51.8 / 47.2, 1.842 nats a token; alpha 8 53.3 / 47.2, 1.820; alpha 0 50.5 / 45.8; beta 0 50.3 / 40.0, 1.797.
+31.2), 51.9 / 47.3, 1.852 nats a token; alpha 8 53.3 / 47.2, 1.820; alpha 0 50.5 / 45.8; beta 0 50.3 / 40.0, 1.797.
 """
 import math
 import sys
