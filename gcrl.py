@@ -46,14 +46,14 @@ def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=40):
     palette, distance = x[:1].repeat(num_colours, 1), torch.full((len(x),), math.inf)
     for i in range(1, num_colours):                                           # far colours are more likely
         distance = torch.minimum(distance, (x - palette[i - 1]).square().sum(dim=1))
-        drawn = torch.searchsorted(total := distance.cumsum(dim=0), total[-1] * torch.rand(1, generator=generator))
+        total = distance.cumsum(dim=0)
+        drawn = torch.searchsorted(total, total[-1] * torch.rand(1, generator=generator))
         palette[i] = x[drawn.clamp(max=len(x) - 1)]
-    for i in range(iterations):
-        part = x[:: 1 if 2 * i >= iterations else 4]                          # at first a quarter of the pixels will do
-        token = quantise(part.T[None, :, :, None], palette).flatten()         # as an image of M pixels
+    for _ in range(iterations):
+        token = quantise(x.T[None, :, :, None], palette).flatten()            # as an image of M pixels
         count = torch.bincount(token, minlength=num_colours)[:, None]
-        mean = torch.zeros_like(palette).index_add_(0, token, part) / count   # NaN of empty clusters, which stay put
-        palette = mean.where(count > 0, palette)
+        mean = torch.zeros_like(palette).index_add_(0, token, x) / count
+        palette = torch.where(count > 0, mean, palette)                       # empty clusters stay put
     return palette
 
 
@@ -61,9 +61,9 @@ def quantise(x, palette):
     """Images (N, 3, H, W), uint8 or floats in [0, 1], to tokens (N, H, W), the nearest colours of a palette (V, 3)."""
     pixels = (x / 255 if x.dtype == torch.uint8 else x).permute(0, 2, 3, 1)   # (N, H, W, 3)
     half = palette.square().sum(dim=1) / 2                                    # |x - p|^2 / 2 = half - x.p + ...
-    part = 2 ** (21 if x.device.type == "cpu" else 27) // len(palette)        # as many pixels as take little memory
+    part = 2 ** (21 if x.device.type == "cpu" else 27) // len(palette)        # pixels at once; argmin is slower
     with torch.autocast(x.device.type, enabled=False):                        # bf16 would pick other colours
-        tokens = [torch.addmm(half, p, palette.T, alpha=-1).argmin(dim=1) for p in pixels.reshape(-1, 3).split(part)]
+        tokens = [torch.addmm(half, p, palette.T, alpha=-1).min(1).indices for p in pixels.reshape(-1, 3).split(part)]
     return torch.cat(tokens).view(pixels.shape[:3])
 
 
