@@ -19,7 +19,7 @@ patches get three of AutoAugment's operations, each with probability 0.1 (v2: tw
 lose two channels (v2: all, --colour-drop 1); v1's patches stay in colour (v1: all grey); folders take a ResNet-50 (v2:
 ResNet-161); Adam's rate follows a cosine; inputs are only scaled to [-1, 1].
 
-Measured, linear probe / kNN: `shapes` 58.2 +- 3.4 / 25.7 over three seeds, contexts 64.0 / 27.4 (untrained 22.7 /
+Measured, linear probe / kNN: `shapes` 57.0 +- 4.7 / 25.3 over three seeds, contexts 64.1 / 27.8 (untrained 22.7 /
 14.6), 37 to 48 s on one core of a Xeon; CIFAR-10 (JPEG), `--small`, 51.7 / 46.0, contexts 59.0 / 47.0 (35.9 / 33.3).
 """
 import functools

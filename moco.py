@@ -24,7 +24,7 @@ vector is no negative; negatives are drawn once a batch (for each query); views 
 filled by the untrained encoder (random vectors); the schedule is a cosine (--schedule steps); nce estimates Z on each
 batch (the first; on `shapes` the loss then diverges); the proximal term is left out (in their code, too).
 
-Measured, linear / kNN: `shapes` over three seeds queue 66.1 / 50.8, memory bank 67.6 / 56.7 (untrained 30.9 / 15.9),
+Measured, linear / kNN: `shapes` over three seeds queue 64.7 / 50.0, memory bank 67.6 / 56.7 (untrained 30.9 / 15.9),
 end-to-end 73.9 / 59.4 (30.8 / 15.8, on another machine); CIFAR-10 (JPEG), `--small`, 60.9 / 59.2 (37.7 / 32.8), 62 min.
 """
 import copy

@@ -395,8 +395,8 @@ def ood_table(found):
 
 def read_rows(folder):
     """{row: [what is kept of each seed in `folder`]}."""
-    kept = {row: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{slug(row)}-[0-9]*.json"))]
-            for row in (*ROWS, *LONGER)}
+    kept = {row: [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))
+                  if re.fullmatch(rf"{slug(row)}-\d+", path.stem)] for row in (*ROWS, *LONGER)}
     for row, rows in kept.items():
         if len({re.sub(r"--seed \d+", "", each["command"]) for each in rows}) > 1:
             sys.exit(f"results.py: {folder} has seeds of {row} by different commands: delete what is out of date")

@@ -202,6 +202,14 @@ def test_pictures(tmp_path, monkeypatch):
     assert sheet.size == (3300 + 36, 330) and sheet.getpixel((sheet.width - 1, 5)) == (150, 0, 0)
 
 
+def test_a_row_whose_name_begins_with_anothers(tmp_path):
+    """Of "GCRL, generative" and "GCRL, generative, 9 epochs" each has its own seeds."""
+    for name in ("gcrl-generative-0", "gcrl-generative-10", "gcrl-generative-9-epochs-0"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"command": name.rsplit("-", 1)[0]}))
+    found = results.read_rows(tmp_path)
+    assert {row: len(rows) for row, rows in found.items()} == {"GCRL, generative": 2, "GCRL, generative, 9 epochs": 1}
+
+
 def test_readme_figures():
     """Every figure in the README's tables of results stands in the files that tests/results.py wrote."""
     readme = (ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
