@@ -50,7 +50,7 @@ def view(x, rng, size, crop_min, augmentation, colour_drop, patch, stride, aspec
     """The augmented patches of each image: x uint8 (N, 3, H, W) to float (N, G, G, 3, patch, patch) in [0, 1].
 
     crop_min: smallest share of the image's area that its crop keeps. augmentation: "v1" shifts each patch a little
-    (v1: crops 60 of 64 pixels, padded); "v2" flips, shears, bends and recolours each patch on its own, and drops two
+    (paper: crops of 60 in 64 pixels); "v2" flips, shears, bends and recolours each patch on its own, and drops two
     of its channels with probability colour_drop. aspect: (N,), width / height of photographs resized to these squares.
     """
     side = (size - patch) // stride + 1

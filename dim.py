@@ -24,7 +24,7 @@ fc (conv, the last map, and Y are evaluated as well), or AMDIM's global vector.
 
 Differences from the papers: the learning rate warms up and follows a cosine (DIM: constant, AMDIM: steps); inputs are
 in [0, 1], not normalised; DIM's scores are divided by sqrt(D); the global T scores a convolutional summary of the map
-(DIM's code: a copy of the encoder's layers); 200 epochs (there: 1,000) and whole images of STL-10 (flipped crops).
+(DIM's code: a copy of the encoder's layers); DIM takes 200 epochs (1,000) and whole images of STL-10 (flipped crops).
 
 Measured, linear / kNN: `shapes`, three seeds, 52.3 / 30.0 (untrained 27.7 / 18.2; --views 1, one seed, 20.3 linear),
 AMDIM 68.0 / 46.4 (33.7 / 16.9); CIFAR-10 (JPEG), --small, 59.0 / 53.9 (41.9 / 31.2), AMDIM 63.9 / 62.1 (31.2 / 28.3).

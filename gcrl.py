@@ -61,7 +61,7 @@ def quantise(x, palette):
     """Images (N, 3, H, W), uint8 or floats in [0, 1], to tokens (N, H, W), the nearest colours of a palette (V, 3)."""
     pixels = (x / 255 if x.dtype == torch.uint8 else x).permute(0, 2, 3, 1)   # (N, H, W, 3)
     half = palette.square().sum(dim=1) / 2                                    # |x - p|^2 / 2 = half - x.p + ...
-    part = 2 ** (21 if x.device.type == "cpu" else 27) // len(palette)        # pixels at once; argmin is slower
+    part = 2 ** (21 if x.device.type == "cpu" else 27) // len(palette)        # pixels at once. argmin takes longer
     with torch.autocast(x.device.type, enabled=False):                        # bf16 would pick other colours
         tokens = [torch.addmm(half, p, palette.T, alpha=-1).min(1).indices for p in pixels.reshape(-1, 3).split(part)]
     return torch.cat(tokens).view(pixels.shape[:3])

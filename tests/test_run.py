@@ -123,7 +123,7 @@ def test_a_link_to_a_disk_that_is_not_there(here):
         new_run("run")
 
 
-def test_a_finished_run_is_not_trained_anew(either, finished, here, content, same):
+def test_a_finished_run_is_not_trained_anew(either, finished, here):
     """If its checkpoint, the largest file, was deleted, --resume has nothing to go on from, and results to lose."""
     shutil.copytree(finished(either).folder, here / "run")
     Path("run/checkpoint.pt").unlink()
