@@ -72,8 +72,8 @@ class RunParser(Parser):
         add("-h", "--help", action="store_true", help="show this list of flags")
         add("--dataset", choices=datasets, default="shapes", help="images to train on; shapes and folder need no "
             "download")
-        add("--small", action="store_true", help="settings with which a real data set takes ten minutes to two "
-            "hours without a GPU: smaller images, networks and batches, fewer epochs; other flags override them")
+        add("--small", action="store_true", help="settings with which a real data set takes ten minutes to "
+            "three hours without a GPU: smaller images, networks and batches, fewer epochs; other flags override them")
         add("--data-dir", type=path, default="data", metavar="DIR",
             help="folder of downloads, or of your images (DIR/train/CLASS/*, DIR/test/CLASS/*)")
         number("--image-size", 32, "[8, inf)", "side of the images in pixels")
@@ -138,7 +138,7 @@ class RunParser(Parser):
         if "data_dir" in given and "resume" not in given and (settings | given)["dataset"] in ("shapes", "patterns"):
             raise Refusal("--data-dir has no effect on generated images: add --dataset folder, or leave it out")
         if given.get("small") and (settings | given)["dataset"] == "shapes":
-            raise Refusal("--small is for real images: --dataset shapes takes two minutes without it, leave it out")
+            raise Refusal("--small is for real images: --dataset shapes takes a few minutes without it, leave it out")
         return argparse.Namespace(**settings | given)
 
 
