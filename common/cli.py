@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The command line of every script: settings, one-sentence errors, device and precision."""
 import argparse
-import ctypes
 import functools
 import json
 import math
@@ -15,7 +14,6 @@ import torch
 
 from . import Refusal, data
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 MPS_FROM = (2, 8)  # before this version of torch, MPS lacks operations that are used here
 FREE_ON_RESUME = {"help", "resume", "device", "compile", "workers", "data_dir", "cache_gb", "knn_every"}
 
@@ -216,7 +214,6 @@ def program(main, memory="--batch-size, --width, --image-size or --cache-gb"):
     if "RANK" not in os.environ:                                              # torchrun's may be blocked in C++
         signal.signal(signal.SIGTERM, interrupt)
     free = limit_memory()
-    keep_freed_memory()
     if hasattr(sys.stdout, "reconfigure"):                                    # names that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -275,14 +272,6 @@ def limit_memory():
         limits = [limit for limit in (taken + free, soft, hard) if limit != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
     return free
-
-
-def keep_freed_memory():
-    """Lets glibc keep the memory of freed tensors for the next ones. By default it returns that of large tensors to the
-    system, and getting it anew, page by page, takes up to a quarter of a training step on a CPU (tests/bench.py)."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):             # musl has none
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def pick_device(name):

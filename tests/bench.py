@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import io
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,9 +32,8 @@ from common import augment, cli, resnet, transformer  # noqa: E402
 from common.run import Run, peak_memory  # noqa: E402
 
 
-PARTS = ("simclr", "moco", "cmc", "cpc", "dim", "monitor", "augmentation", "gcrl", "attention", "allocator")
+PARTS = ("simclr", "moco", "cmc", "cpc", "dim", "monitor", "augmentation", "gcrl", "attention")
 GCRL = {"cpu": (32, 128, 2), "cuda": (32, 256, 4), "mps": (32, 128, 2)}  # image size, width and layers of its step
-ALLOCATOR = (256, 16)  # images of a batch, and width of the ResNet
 MEMORY_OF = ["--dataset", "cifar10"]  # the flags of the run whose need of memory is counted
 LIKELIHOODS = (((512, 32, 256, 4, 4, 8), 8), ((64, 16, 64, 1, 1, 4), 128))  # of gcrl.GCRL, and images
 
@@ -405,38 +403,6 @@ def bench_attention(device, repeats):
     show("  SDPA in float32 / written out in bf16, seconds", f"{f32 / written:.2f}")
 
 
-TRAINING = """
-import statistics, time, torch, gcrl
-from common import cli, resnet
-{before}
-images, width = {sizes}
-x = torch.rand(2 * images, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-tokens = torch.randint(0, 64, (images // 2, 16, 16))
-network = resnet.resnet18("cifar", width).to(memory_format=torch.channels_last)
-model = gcrl.GCRL(64, 16, 6 * width, 2, 2, 6)
-for forward in (lambda: network(x).square().mean(), lambda: model(tokens, tokens, True, False)[0].mean()):
-    taken = []
-    for _ in range(4):
-        start = time.perf_counter()
-        forward().backward()
-        taken.append(time.perf_counter() - start)
-    print(statistics.median(taken[1:]))
-"""
-
-
-def bench_allocator(repeats, sizes):
-    """How much `cli.keep_freed_memory` saves on a CPU, in processes of its own, because it cannot be undone."""
-    def seconds(before):
-        code = TRAINING.format(before=before, sizes=sizes)
-        out = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True, text=True,
-                             capture_output=True).stdout
-        return [float(line) for line in out.split()]
-    pairs = [(seconds(""), seconds("cli.keep_freed_memory()")) for _ in range(repeats)]
-    for i, name in enumerate(("ResNet-18 of width 16, 512 images", "gcrl --small --beta 0, 128 images")):
-        ratio = statistics.median(without[i] / kept[i] for without, kept in pairs)
-        show(f"{name}: memory returned / kept by glibc, seconds", f"{ratio:.2f}")
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="auto")
@@ -447,7 +413,6 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts")
     parser.add_argument("--beside", default=None, metavar="DIR", help="another checkout: its gcrl.py is timed in turn")
     args = parser.parse_args(argv)
-    cli.keep_freed_memory()                                                   # as the scripts do
     device = cli.pick_device(args.device)
     amp = cli.pick_amp(args.amp, device)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
@@ -465,8 +430,7 @@ def main(argv=None):
             bench_gcrl_memory(device, amp),
             bench_gcrl_likelihood(device, autocast, amp or torch.float32, args.repeats, args.beside),
             bench_gcrl(device, autocast, max(16, args.batch_size // 4), args.repeats, *GCRL[device.type])),
-        "attention": lambda: bench_attention(device, args.repeats),
-        "allocator": lambda: bench_allocator(args.repeats, ALLOCATOR)}
+        "attention": lambda: bench_attention(device, args.repeats)}
     for name in args.only:
         benches[name]()
 
