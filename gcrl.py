@@ -26,12 +26,11 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from common import Refusal, augment, cli, distributed
 from common.linear_probe import counted
 from common.run import Run, cosine
-from common.transformer import Block, init_weights
+from common.transformer import Block, Recompute, init_weights
 
 # ---- tokens: pixels as indices of a palette of colours (iGPT, Chen et al. 2020)
 
@@ -155,17 +154,16 @@ class GCRL(nn.Module):
         nats = F.cross_entropy(logits.float().flatten(0, 2), tokens.flatten(), reduction="none").view(len(tokens), -1)
         return -nats[:, 1:].sum(dim=1)
 
-    def forward(self, x1, x2, generate, contrast, micro_batch=None):
+    def forward(self, x1, x2, generate, contrast, micro_batch=None, recompute=False):
         """What a training step needs: log p(x1) (N,) or None, z1 and z2 (N, z_dim) or None, and the features.
 
-        micro_batch: images that go through the network at once (None: all). If fewer, activations are recomputed in the
-        backward pass: memory is that of a part, NT-Xent compares all N (gradient caching, Gao et al. 2021, 2101.06983).
+        micro_batch: images at once (None: all). recompute: keep no activations but compute them again in the backward
+        pass, for the memory of one part; NT-Xent compares all N (gradient caching, Gao et al. 2021, 2101.06983).
         """
-        if micro_batch is None or micro_batch >= len(x1):
-            return self.outputs(x1, x2, generate, contrast)
-        parts = zip(x1.split(micro_batch), (x2 if contrast else x1).split(micro_batch))
-        outputs = [checkpoint(self.outputs, *part, generate, contrast, use_reentrant=False, preserve_rng_state=False)
-                   for part in parts]
+        n, learnt = micro_batch or len(x1), [p for p in self.parameters() if p.requires_grad]
+        parts = zip(x1.split(n), (x2 if contrast else x1).split(n))
+        outputs = [Recompute.apply(self.outputs, (*part, generate, contrast), *learnt) if recompute else
+                   self.outputs(*part, generate, contrast) for part in parts]
         return tuple(None if values[0] is None else torch.cat(values) for values in zip(*outputs))
 
     def outputs(self, x1, x2, generate, contrast):
@@ -275,8 +273,8 @@ def arguments(argv):
     number("--crop-min", 0.08, "(0, 1]", "strong view: smallest share of the area that a crop keeps")
     number("--jitter", 0.5, "[0, inf)", "strong view: strength s of the colour distortion")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs in which the learning rate rises")
-    number("--micro-batch", None, "[1, inf)", "images that go through the network at once (default: as many as fit "
-        "into 2 GB, or half of a GPU's free memory); does not change loss or gradients", kind=int)
+    number("--micro-batch", None, "[1, inf)", "images that go through the network at once (default: few on a CPU, "
+        "on a GPU as many as fit into half of its free memory); does not change loss or gradients", kind=int)
     number("--lr", 1e-3, "(0, inf)", "peak learning rate of AdamW")
     number("--weight-decay", 0.01, "[0, inf)", "on all weights except biases and norms")
     number("--tau", 0.2, "(0, inf)", "temperature of the contrastive loss")
@@ -302,11 +300,13 @@ def main(argv=None):
         return generation.main(argv, __file__)
     args = arguments(argv)
     generate, contrast, device = args.alpha > 0, args.beta > 0, cli.pick_device(args.device)
-    if args.micro_batch is None:
-        image = 50 * args.width * args.image_size**2 * (4 * args.encoder_layers + args.decoder_layers)  # bytes, about
-        room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31    # small parts idle it
-        most = min(room / image, 2**14 / args.image_size)                     # CUDA attends to fewer than 2^16 rows
-        args.micro_batch = math.ceil(args.batch_size / math.ceil(args.batch_size / most))     # in even parts
+    image = 50 * args.width * args.image_size**2 * (4 * args.encoder_layers + args.decoder_layers)      # bytes, about
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31        # small parts idle it
+    recompute = args.batch_size * image > room if args.micro_batch is None else args.batch_size > args.micro_batch
+    if args.micro_batch is None:  # CUDA attends to fewer than 2^16 rows; glibc is slow at tensors of 32 MB and more
+        most = 10**6 / (args.width * args.image_size**2) if device.type == "cpu" else 2**14 / args.image_size
+        parts = math.ceil(args.batch_size / max(1, int(min(most, room / image))))
+        args.micro_batch = math.ceil(args.batch_size / parts)                 # in even parts
     amp = cli.pick_amp(args.amp, device)
     rank, world = distributed.start(device)
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
@@ -349,7 +349,7 @@ def main(argv=None):
                 x1 = model.tokens(weak_view(x, rng))                          # (N, H, W)
                 x2 = model.tokens(strong_view(x, rng, args.crop_min, args.jitter)) if contrast else None
                 with autocast:
-                    log_p, z1, z2, h = net(x1, x2, generate, contrast, args.micro_batch)
+                    log_p, z1, z2, h = net(x1, x2, generate, contrast, args.micro_batch, recompute)
                 losses = {}                                                   # over the batch of all processes
                 if generate:
                     losses["nats"] = -distributed.gather(log_p).mean() / predicted            # L_g / (D - 1)

@@ -66,7 +66,7 @@ class Progress:
             small = self.run.settings["small"] or self.run.settings["dataset"] == "shapes"
             if left > LONG and not small and not self.said:
                 self.run.say(f"At this speed the run takes {left / 3600:,.0f} hours; with --small (smaller images, "
-                             f"networks and batches, fewer epochs) it takes about one, or up to three on a CPU without "
+                             f"networks and batches, fewer epochs) it takes about one, or up to two on a CPU without "
                              f"bf16, for 50,000 images on two cores.")
             self.said, self.line_at = True, now + LATER_LINES
         elif now - self.read_at > 0.5 or step + 1 == self.steps:              # so a bad loss is soon noticed

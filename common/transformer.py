@@ -85,3 +85,29 @@ def init_weights(module, depth):
             nn.init.normal_(child.weight, std=0.02 / (2 * depth) ** 0.5 if ends_shortcut else 0.02)
         if isinstance(child, nn.Linear) and child.bias is not None:
             nn.init.zeros_(child.bias)
+
+
+class Recompute(torch.autograd.Function):
+    """`Recompute.apply(function, inputs, *parameters)` is function(*inputs), a tuple of tensors and of None, computed
+    once more in the backward pass, in which only the parameters get gradients.
+
+    torch.utils.checkpoint keeps the graph of the first pass, without its activations. On the CPU the graph's many small
+    objects lie between the freed activations, into whose places the next ones do not fit: memory grows at each call.
+    """
+
+    @staticmethod
+    def forward(context, function, inputs, *parameters):
+        device = parameters[0].device.type
+        context.autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device),
+                                         cache_enabled=False)                 # most weights are used once
+        context.function, context.inputs, context.parameters = function, inputs, parameters
+        context.set_materialize_grads(False)
+        with context.autocast:
+            return function(*inputs)
+
+    @staticmethod
+    def backward(context, *gradients):
+        with torch.enable_grad(), context.autocast:
+            outputs = context.function(*context.inputs)
+        outputs, gradients = zip(*((y, dy) for y, dy in zip(outputs, gradients) if dy is not None))
+        return None, None, *torch.autograd.grad(outputs, context.parameters, gradients, allow_unused=True)

@@ -34,6 +34,7 @@ from common.run import Run, peak_memory  # noqa: E402
 
 PARTS = ("simclr", "moco", "cmc", "cpc", "dim", "monitor", "augmentation", "gcrl", "attention")
 GCRL = {"cpu": (32, 128, 2), "cuda": (32, 256, 4), "mps": (32, 128, 2)}  # image size, width and layers of its step
+SMALL = (64, 16, 96, 2, 2, 6), 128, 32  # the network, batch and, on the CPU, --micro-batch of gcrl.py --small
 MEMORY_OF = ["--dataset", "cifar10"]  # the flags of the run whose need of memory is counted
 LIKELIHOODS = (((512, 32, 256, 4, 4, 8), 8), ((64, 16, 64, 1, 1, 4), 128))  # of gcrl.GCRL, and images
 
@@ -331,6 +332,24 @@ def bench_gcrl_memory(device, amp):
                  "goal 8" if micro_batch < args.batch_size else "")
 
 
+def bench_gcrl_parts(device, autocast, repeats):
+    """A training step whose images go through the network at once, in parts, and in parts that are computed again in
+    the backward pass."""
+    sizes, n, micro_batch = SMALL
+    model = gcrl.GCRL(*sizes).to(device)
+    tokens = torch.randint(0, sizes[0], (n, sizes[1], sizes[1]), device=device)
+
+    def step(*parts):
+        with autocast:
+            log_p, z1, z2, _ = model(tokens, tokens, True, True, *parts)
+        (-log_p.mean() / (sizes[1]**2 - 1) + gcrl.nt_xent(z1, z2, 0.2)).backward()
+        model.zero_grad()
+    whole, kept, again = medians(device, repeats, step, lambda: step(micro_batch), lambda: step(micro_batch, True))
+    show(f"gcrl --small: {n} images at once, images/s", f"{n / whole:.1f}")
+    show(f"  {micro_batch} at once, images/s", f"{n / kept:.1f}")
+    show(f"  {micro_batch} at once, with activations computed again, images/s", f"{n / again:.1f}")
+
+
 def of_checkout(folder):
     """The gcrl module of another checkout, with its own common/."""
     if not (Path(folder) / "gcrl.py").is_file():
@@ -428,6 +447,7 @@ def main(argv=None):
         "augmentation": lambda: bench_augmentation(device, 512, args.repeats),
         "gcrl": lambda: (
             bench_gcrl_memory(device, amp),
+            bench_gcrl_parts(device, autocast, args.repeats),
             bench_gcrl_likelihood(device, autocast, amp or torch.float32, args.repeats, args.beside),
             bench_gcrl(device, autocast, max(16, args.batch_size // 4), args.repeats, *GCRL[device.type])),
         "attention": lambda: bench_attention(device, args.repeats)}

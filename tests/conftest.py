@@ -36,7 +36,6 @@ if str(ROOT) not in sys.path:
 def pytest_configure(config):
     """Warnings are errors, but for those that we cannot help."""
     for line in ("error",
-                 r"ignore:.torch\.cpu\.amp\.autocast:FutureWarning",         # in torch 2.4, of its checkpoint()
                  "ignore:Python 3.14 will, by default, filter extracted tar:DeprecationWarning"):        # torchvision
         config.addinivalue_line("filterwarnings", line)
 

@@ -22,7 +22,6 @@ import unittest.mock
 from pathlib import Path
 
 import torch
-import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,7 +104,7 @@ class Device:
         self.stack, cuda = contextlib.ExitStack(), self.device.type == "cuda"
         group, engine = torch._C._group_tensors_by_device_and_dtype, torch.autograd._engine_run_backward
 
-        def backward(*args, **kwargs):                                        # in it checkpoints compute again
+        def backward(*args, **kwargs):                                        # in it Recompute computes again
             with Functions(self):
                 return engine(*args, **kwargs)
         for target, name, value in (
@@ -114,6 +113,8 @@ class Device:
                 (torch.cuda, "get_device_capability", lambda _: self.capability),
                 (torch.cuda, "get_device_name", lambda _: "a GPU that is not there"),
                 (torch.cuda, "max_memory_allocated", lambda _: 10**9), (torch, "autocast", Autocast),
+                *((torch, name, lambda _, function=getattr(torch, name): function("cpu"))
+                  for name in ("is_autocast_enabled", "get_autocast_dtype")),
                 (torch.cuda, "mem_get_info", lambda _: (2**33, 2**33)),
                 (torch.autograd, "_engine_run_backward", backward),
                 (torch.cuda, "get_rng_state", lambda _: torch.get_rng_state()),
@@ -124,8 +125,6 @@ class Device:
         for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):            # by age
             self.stack.enter_context(
                 unittest.mock.patch.object(torch.optim.Optimizer, name, lambda _: None, create=True))
-        self.stack.enter_context(unittest.mock.patch.dict(                    # it would see the true device
-            torch.utils.checkpoint._allowed_determinism_checks_to_fns, default=lambda _: None))
         self.stack.enter_context(Operations(self))
         self.stack.enter_context(Functions(self))
         return self

@@ -16,6 +16,7 @@ def test_part(part, amp, tiny, monkeypatch, capsys, here):
     monkeypatch.setattr(bench.simclr, "main", lambda argv: main([*tiny("simclr", "--amp", amp), *argv]))
     monkeypatch.setattr(bench, "MEMORY_OF", "--image-size 8 --width 8 --heads 2 --colours 4 --batch-size 16".split())
     monkeypatch.setattr(bench, "LIKELIHOODS", (((4, 8, 8, 1, 1, 2), 2),))
+    monkeypatch.setattr(bench, "SMALL", ((4, 8, 8, 1, 1, 2), 4, 2))
     monkeypatch.setattr(bench, "GCRL", {"cpu": (8, 32, 1)})
     bench.main(["--only", part, "--device", "cpu", "--amp", amp, "--batch-size", "8", "--repeats", "1", "--width", "8"])
     lines = capsys.readouterr().out.splitlines()

@@ -36,7 +36,7 @@ CASES = {  # at a high rate batch norm amplifies rounding, and Adam takes whole 
     "cpc float64": "--width 4 --context-width 8 --lr 0.0002 --image-size 20 --norm batch",
     "dim": "--width 4 --units 8 --lr 0.0002 --objective both",
     "dim multiscale": "--width 2 --units 8 --lr 0.0002 --objective multiscale --depth 1 --image-size 32",
-    "gcrl": "--width 8 --heads 2 --encoder-layers 1 --decoder-layers 1 --colours 4 --lr 0.0002",
+    "gcrl": "--width 8 --heads 2 --encoder-layers 1 --decoder-layers 1 --colours 4 --lr 0.0002 --micro-batch 16",
     "gcrl alpha 0": "--width 8 --heads 2 --encoder-layers 1 --decoder-layers 1 --colours 4 --lr 0.0002 --alpha 0",
 }
 # Without --local-addr the processes look for each other by the machine's name, which does not resolve everywhere.

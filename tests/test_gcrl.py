@@ -9,6 +9,7 @@ from PIL import Image
 
 import gcrl
 from common.cli import Refusal
+from common.transformer import Recompute
 from gcrl import GCRL
 
 
@@ -180,14 +181,15 @@ def test_one_forward_gives_what_the_parts_give():
 
 
 @pytest.mark.parametrize("flags, device, micro_batch", [
-    ("--dataset cifar10", "cpu", 8), ("--dataset cifar10", "cuda", 16), ("--dataset cifar10", "mps", 8),
+    ("--dataset cifar10", "cpu", 3), ("--dataset cifar10", "cuda", 16), ("--dataset cifar10", "mps", 8),
     ("--dataset cifar10 --batch-size 20", "cuda", 10),
-    ("--dataset cifar10 --small", "cpu", 128), ("--dataset cifar10 --small", "cuda", 128), ("", "cpu", 32),
+    ("--dataset cifar10 --small", "cpu", 32), ("--dataset cifar10 --small", "cuda", 128), ("", "cpu", 32),
     ("--dataset cifar10 --micro-batch 100", "cpu", 100), ("--dataset cifar10 --width 8192", "cpu", 1),
     ("--dataset cifar10 --small --width 6 --batch-size 4096", "cuda", 1024)])
 def test_default_micro_batch(flags, device, micro_batch, monkeypatch):
     """As many images as take about 2 GB, or half of a GPU's free memory, here of 8 GiB, in even parts; all where all
-    do, one at least; never more rows of both views than CUDA's attention takes, 2^16 - 1."""
+    do, one at least; never more rows of both views than CUDA's attention takes, 2^16 - 1; and on the CPU so few that
+    no tensor, the largest being an MLP's in float32, has 32 MiB, from which on glibc returns it to the system."""
     class Seen(Exception):
         pass
 
@@ -253,31 +255,45 @@ def test_micro_batches_change_neither_loss_nor_gradients(alpha, beta, amp):
         torch.nn.init.normal_(p, std=0.5)
     x1, x2 = torch.randint(0, 5, (2, 7, 6, 6))
 
-    def at(micro_batch):
+    def at(*parts):
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            outputs = model(x1, x2 if beta else None, alpha > 0, beta > 0, micro_batch)
+            outputs = model(x1, x2 if beta else None, alpha > 0, beta > 0, *parts)
         return gradients(model, outputs, alpha, beta)
-    loss, whole = at(None)
-    assert at(7)[0] == loss and torch.equal(at(7)[1], whole)
-    for micro_batch in (1, 3, 4):
-        loss_in_parts, parts = at(micro_batch)
-        assert loss_in_parts == pytest.approx(loss, rel=1e-2 if amp else 1e-5)
-        assert (parts - whole).norm() <= (0.1 if amp else 1e-4) * whole.norm()
+    loss, whole = at()
+    for recompute in (False, True):
+        assert at(7, recompute)[0] == loss and torch.equal(at(7, recompute)[1], whole)
+        for micro_batch in (1, 3, 4):
+            loss_in_parts, parts = at(micro_batch, recompute)
+            assert loss_in_parts == pytest.approx(loss, rel=1e-2 if amp else 1e-5)
+            assert (parts - whole).norm() <= (0.1 if amp else 1e-4) * whole.norm()
+
+
+def graph(*outputs):
+    """How many operations autograd has recorded for the outputs."""
+    seen, nodes = set(), [y.grad_fn for y in outputs]
+    while nodes:
+        if (node := nodes.pop()) is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return len(seen)
 
 
 def test_memory_is_that_of_one_micro_batch():
-    """What the forward pass keeps for the backward pass, in bytes: of parts next to nothing, and the backward pass has
-    the activations of one part at a time."""
+    """The forward pass keeps neither the activations of a part nor its graph, whose pieces would lie between the freed
+    activations; the backward pass has those of one part at a time."""
     model, x = GCRL(5, 8, width=16, encoder_layers=1, decoder_layers=1, heads=2), torch.randint(0, 5, (16, 8, 8))
 
-    def kept(micro_batch):
+    def kept(*parts):
         sizes = {}
         with torch.autograd.graph.saved_tensors_hooks(
                 lambda t: sizes.setdefault(t.untyped_storage().data_ptr(), (t, t.untyped_storage().nbytes()))[0],
                 lambda t: t):
-            model(x, x, True, True, micro_batch)
-        return sum(size for _, size in sizes.values())
-    assert kept(2) < kept(None) / 50
+            outputs = model(x, x, True, True, *parts)
+        return sum(size for _, size in sizes.values()), graph(*outputs)
+    weights = len(list(model.parameters()))
+    (bytes_kept, operations), (all_bytes, all_operations) = kept(2, True), kept()
+    assert bytes_kept < all_bytes / 50
+    assert operations <= weights + 8 + 4 and all_operations > weights + 50    # a part is one; four concatenations
 
     alive, most, computed = 0, 0, model.outputs
 
@@ -287,8 +303,26 @@ def test_memory_is_that_of_one_micro_batch():
             alive, most = alive + 1, max(most, len(args[0]))
         return computed(*args)
     model.outputs = outputs
-    gradients(model, model(x, x, True, True, 2))
+    gradients(model, model(x, x, True, True, 2, True))
     assert alive == 8 and most == 2
+
+
+def test_recompute_is_the_function_under_autocast_or_not():
+    """Values and gradients, of the parameters alone; outputs that are None or do not reach the loss are no harm."""
+    torch.manual_seed(0)
+    weight, other, x = torch.randn(4, 4, requires_grad=True), torch.randn(4, requires_grad=True), torch.randn(3, 4)
+
+    def function(x, power):
+        y = x @ weight
+        return y**power, None, y + other, y.sum() * 2
+    for amp in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            again, plain = Recompute.apply(function, (x, 3), weight, other), function(x, 3)
+            assert again[1] is None and again[0].dtype == (torch.bfloat16 if amp else torch.float32)
+            for outputs in ((0, 2), (2,)):                                    # within autocast, too
+                wanted, found = (torch.autograd.grad(sum(y[i].float().square().sum() for i in outputs), (weight, other),
+                                                     retain_graph=True) for y in (plain, again))
+                assert all(torch.equal(a, b) for a, b in zip(wanted, found))
 
 
 def test_an_untrained_model_is_near_uniform():
