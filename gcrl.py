@@ -157,12 +157,12 @@ class GCRL(nn.Module):
     def forward(self, x1, x2, generate, contrast, micro_batch=None, recompute=False):
         """What a training step needs: log p(x1) (N,) or None, z1 and z2 (N, z_dim) or None, and the features.
 
-        micro_batch: images at once (None: all). recompute: keep no activations but compute them again in the backward
-        pass, for the memory of one part; NT-Xent compares all N (gradient caching, Gao et al. 2021, 2101.06983).
+        micro_batch: images at once (None: all). recompute: of several parts, compute the activations again in the
+        backward pass, for the memory of one; NT-Xent compares all N (gradient caching, Gao et al. 2021, 2101.06983).
         """
         n, learnt = micro_batch or len(x1), [p for p in self.parameters() if p.requires_grad]
         parts = zip(x1.split(n), (x2 if contrast else x1).split(n))
-        outputs = [Recompute.apply(self.outputs, (*part, generate, contrast), *learnt) if recompute else
+        outputs = [Recompute.apply(self.outputs, (*part, generate, contrast), *learnt) if recompute and n < len(x1) else
                    self.outputs(*part, generate, contrast) for part in parts]
         return tuple(None if values[0] is None else torch.cat(values) for values in zip(*outputs))
 
@@ -302,7 +302,7 @@ def main(argv=None):
     generate, contrast, device = args.alpha > 0, args.beta > 0, cli.pick_device(args.device)
     image = 50 * args.width * args.image_size**2 * (4 * args.encoder_layers + args.decoder_layers)      # bytes, about
     room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31        # small parts idle it
-    recompute = args.batch_size * image > room if args.micro_batch is None else args.batch_size > args.micro_batch
+    recompute = args.micro_batch is not None or args.batch_size * image > room
     if args.micro_batch is None:  # CUDA attends to fewer than 2^16 rows; glibc is slow at tensors of 32 MB and more
         most = 10**6 / (args.width * args.image_size**2) if device.type == "cpu" else 2**14 / args.image_size
         parts = math.ceil(args.batch_size / max(1, int(min(most, room / image))))
