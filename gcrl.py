@@ -300,16 +300,16 @@ def main(argv=None):
         return generation.main(argv, __file__)
     args = arguments(argv)
     generate, contrast, device = args.alpha > 0, args.beta > 0, cli.pick_device(args.device)
+    rank, world = distributed.start(device)
+    part, share = args.micro_batch, math.ceil(args.batch_size / world)        # images at once, and of this process
     image = 50 * args.width * args.image_size**2 * (4 * args.encoder_layers + args.decoder_layers)      # bytes, about
     room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31        # small parts idle it
-    recompute = args.micro_batch is not None or args.batch_size * image > room
-    if args.micro_batch is None:  # CUDA attends to fewer than 2^16 rows; glibc is slow at tensors of 32 MB and more
+    recompute = part is not None or share * image > room
+    if part is None:      # CUDA attends to fewer than 2^16 rows; glibc is slow at tensors of 32 MB and more
         most = 10**6 / (args.width * args.image_size**2) if device.type == "cpu" else 2**14 / args.image_size
-        parts = math.ceil(args.batch_size / max(1, int(min(most, room / image))))
-        args.micro_batch = math.ceil(args.batch_size / parts)                 # in even parts
+        part = math.ceil(share / math.ceil(share / max(1, int(min(most, room / image)))))     # even parts
     amp = cli.pick_amp(args.amp, device)
-    rank, world = distributed.start(device)
-    run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
+    run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world, micro_batch=part)
     images, batches = run.data()
     x = images.train.at(images.train.random_indices(2000))                    # (2000, 3, S, S) uint8
     palette = fit_palette(x, args.colours, args.seed)
@@ -324,8 +324,8 @@ def main(argv=None):
     model.set_palette(palette, first_pixels)
     model, encoder = model.to(device), build_encoder(args)
     encoder.load_state_dict(model.state_dict(), strict=False, assign=True)    # shares the model's tensors
-    for part in (model.decoder, model.decoder_norm, model.to_logits):
-        part.requires_grad_(generate)                                         # no loss depends on it if not
+    for layer in (model.decoder, model.decoder_norm, model.to_logits):
+        layer.requires_grad_(generate)                                        # no loss depends on it if not
     model.head.requires_grad_(contrast)
     net = run.wrap(model, method="outputs")                                   # compiling all parts takes minutes
     groups = [{"params": [p for p in model.parameters() if p.dim() > 1]},
@@ -349,7 +349,7 @@ def main(argv=None):
                 x1 = model.tokens(weak_view(x, rng))                          # (N, H, W)
                 x2 = model.tokens(strong_view(x, rng, args.crop_min, args.jitter)) if contrast else None
                 with autocast:
-                    log_p, z1, z2, h = net(x1, x2, generate, contrast, args.micro_batch, recompute)
+                    log_p, z1, z2, h = net(x1, x2, generate, contrast, part, recompute)
                 losses = {}                                                   # over the batch of all processes
                 if generate:
                     losses["nats"] = -distributed.gather(log_p).mean() / predicted            # L_g / (D - 1)

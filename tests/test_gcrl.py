@@ -180,29 +180,31 @@ def test_one_forward_gives_what_the_parts_give():
     assert model(x1, x2, False, True)[0] is None
 
 
-@pytest.mark.parametrize("flags, device, micro_batch", [
-    ("--dataset cifar10", "cpu", 3), ("--dataset cifar10", "cuda", 16), ("--dataset cifar10", "mps", 8),
-    ("--dataset cifar10 --batch-size 20", "cuda", 10),
-    ("--dataset cifar10 --small", "cpu", 32), ("--dataset cifar10 --small", "cuda", 128), ("", "cpu", 32),
-    ("--dataset cifar10 --micro-batch 100", "cpu", 100), ("--dataset cifar10 --width 8192", "cpu", 1),
-    ("--dataset cifar10 --small --width 6 --batch-size 4096", "cuda", 1024)])
-def test_default_micro_batch(flags, device, micro_batch, monkeypatch):
-    """As many images as take about 2 GB, or half of a GPU's free memory, here of 8 GiB, in even parts; all where all
-    do, one at least; never more rows of both views than CUDA's attention takes, 2^16 - 1; and on the CPU so few that
-    no tensor, the largest being an MLP's in float32, has 32 MiB, from which on glibc returns it to the system."""
+@pytest.mark.parametrize("flags, device, world, micro_batch", [
+    ("--dataset cifar10", "cpu", 1, 3), ("--dataset cifar10", "cuda", 1, 16), ("--dataset cifar10", "mps", 1, 8),
+    ("--dataset cifar10 --batch-size 20", "cuda", 1, 10), ("--dataset cifar10 --batch-size 40", "cuda", 2, 10),
+    ("--dataset cifar10 --small", "cpu", 1, 32), ("--dataset cifar10 --small --batch-size 300", "cpu", 3, 34),
+    ("--dataset cifar10 --small", "cuda", 1, 128), ("--dataset cifar10 --small", "cuda", 4, 32), ("", "cpu", 1, 32),
+    ("--dataset cifar10 --micro-batch 100", "cpu", 1, 100), ("--dataset cifar10 --width 8192", "cpu", 1, 1),
+    ("--dataset cifar10 --small --width 6 --batch-size 4096", "cuda", 1, 1024)])
+def test_default_micro_batch(flags, device, world, micro_batch, monkeypatch):
+    """As many images as take about 2 GB, or half of a GPU's free memory, here of 8 GiB, in even parts of a process's
+    share; all where all do, one at least; never more rows of both views than CUDA's attention takes, 2^16 - 1; and on
+    the CPU so few that no tensor, the largest being an MLP's in float32, has 32 MiB, from which on glibc returns it to
+    the system. It is no setting of the run, which may be resumed on another device, but what was typed is one."""
     class Seen(Exception):
         pass
 
-    def run(script, settings, *_, **__):
-        raise Seen(settings["micro_batch"])
+    def run(script, settings, *_, micro_batch, **__):
+        raise Seen(micro_batch, settings["micro_batch"])
     monkeypatch.setattr(gcrl, "Run", run)
     monkeypatch.setattr(gcrl.cli, "pick_device", lambda name: torch.device(device))
     monkeypatch.setattr(gcrl.cli, "pick_amp", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**36))
-    monkeypatch.setattr(gcrl.distributed, "start", lambda device: (0, 1))
+    monkeypatch.setattr(gcrl.distributed, "start", lambda device: (0, world))
     with pytest.raises(Seen) as seen:
         gcrl.main(flags.split())
-    assert seen.value.args == (micro_batch,)
+    assert seen.value.args == (micro_batch, micro_batch if "--micro-batch" in flags else None)
 
 
 def test_near_colours_begin_with_near_embeddings():
