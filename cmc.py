@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import Refusal, augment, cli, data, distributed, resnet
+from common.linear_probe import counted
 from common.run import Run, cosine
 
 # ---- views
@@ -271,7 +272,8 @@ def arguments(argv):
 def fill_banks(model, batches, rng, random_view, autocast):
     """Fills the banks with the untrained encoders' outputs for all images (`data.Batches`). From random vectors, as in
     the paper, training first learns to avoid the images seen so far, which takes many epochs to unlearn."""
-    for _, index, x in batches.epoch(0, every=True):
+    steps = math.ceil(len(batches.images) / batches.batch_size)
+    for _, index, x in counted(batches.epoch(0, every=True), steps, "batches for the memory bank"):
         x = random_view(x, rng, aspect=batches.images.aspect[index])
         with autocast:
             z = model(x)[1]
