@@ -135,13 +135,14 @@ def features(encoder, images, autocast=contextlib.nullcontext(), **more):
 
 
 class WhitenedPixels(torch.nn.Module):
-    """The baseline without learning: pixels (at most 32 x 32) projected on their principal components and whitened.
+    """The baseline without learning: pixels, of at most size x size, projected on their principal components, whitened.
 
     Fitted to at most 10,000 of `images`. Maps images to (N, components).
     """
 
-    def __init__(self, images, components=256):
+    def __init__(self, images, components=256, size=32):
         super().__init__()
+        self.size = size
         parts = images.random_indices(10_000).split(512)
         batches = counted(images.batches(parts), len(parts), "batches of 512 images for the whitened pixels")
         x = torch.cat([self.flat(part.float() / 255) for part in batches])
@@ -152,8 +153,8 @@ class WhitenedPixels(torch.nn.Module):
         self.axes = axes[:, -components:] / variance[-components:].clamp(min=1e-8).sqrt()
 
     def flat(self, x):
-        if x.shape[-1] > 32:
-            x = F.interpolate(x, size=32, mode="bilinear", antialias=True)
+        if x.shape[-1] > self.size:
+            x = F.interpolate(x, size=self.size, mode="bilinear", antialias=True)
         return x.flatten(1)                                                   # (B, 3 S S)
 
     def forward(self, x):

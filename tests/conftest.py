@@ -5,10 +5,8 @@ import functools
 import importlib
 import io
 import json
-import multiprocessing
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from PIL import Image
 
 from parallel import pytest_runtestloop                                       # a hook
+from programs import Program
 
 ROOT = Path(__file__).parent.parent
 TINY = {"simclr": "--image-size 8 --width 4 --blur 0.5 --stem cifar",
@@ -47,10 +46,12 @@ def one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def short_probes():
-    """In whole runs the probes would take most of the time; tests/test_linear_probe.py has them as they are."""
+    """In whole runs the baselines and probes would take most of the time; tests/test_linear_probe.py has them as they
+    are."""
     from common import linear_probe
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_probe, "L2", (1e-2,))
+        patch.setattr(linear_probe.WhitenedPixels.__init__, "__defaults__", (256, 8))
         patch.setitem(linear_probe.MEASURES, "mlp", functools.partial(linear_probe.mlp, steps=3))
         yield
 
@@ -147,42 +148,23 @@ def ended():
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=300)
         if process.poll() != 0:
-            words = [f"---- {file.relative_to(folder)}\n" + "\n".join(file.read_text().splitlines()[-50:])
-                     for file in (folder / "output", *sorted(folder.glob("logs/**/std*.log")))]
-            pytest.fail(f"the program ended with {process.poll()}:\n" + "\n".join(words), pytrace=False)
+            words = "\n".join((folder / "output").read_text().splitlines()[-50:])
+            pytest.fail(f"the program ended with {process.poll()}:\n{words}", pytrace=False)
         return folder
     return wait
 
 
-def program(words, folder, output):
-    """What `python WORDS` does in the folder: a script, -m module or -c code, with arguments. output: two files."""
-    multiprocessing.set_start_method(None, force=True)                        # the system's own, for DataLoader
-    os.chdir(folder)
-    for descriptor, path in enumerate(output, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.path[:] = [str(folder), *(path for path in sys.path if path and not Path(path).is_relative_to(ROOT))]
-    sys.argv = {"-c": ["-c", *words[2:]], "-m": words[1:]}.get(words[0], words)
-    if words[0] == "-c":
-        exec(words[1], {"__name__": "__main__"})
-    elif words[0] == "-m":
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(words[0], run_name="__main__")
-
-
 @pytest.fixture
 def good(tmp_path):
-    """good(words, folder): what `python WORDS` prints in the folder, which has to come to a good end. The process is
-    forked from one that has imported torch, which takes most of the time otherwise."""
-    context, output = multiprocessing.get_context("forkserver"), (tmp_path / "stdout", tmp_path / "stderr")
-    context.set_forkserver_preload(["torch", "torchvision"])
+    """good(words, folder): what `python WORDS` prints in the folder, which has to come to a good end."""
+    output = tmp_path / "stdout", tmp_path / "stderr"
 
     def run(words, folder):
-        process = context.Process(target=program, args=(list(map(str, words)), folder, output))
-        process.start()
-        process.join(120)
-        process.kill()
-        assert process.exitcode == 0, output[1].read_text()
+        program = Program(words, folder, *output)
+        try:
+            assert program.wait(120) == 0, output[1].read_text()
+        finally:
+            program.kill()
         return output[0].read_text()
     return run
 

@@ -30,6 +30,7 @@ import simclr  # noqa: E402
 from common import Refusal, linear_probe  # noqa: E402
 from common.evaluation import __main__ as evaluation  # noqa: E402
 from conftest import TINY, make_images  # noqa: E402
+from programs import Program  # noqa: E402
 
 VALUES = [None, True, False, 0, -1, 1, 3, 10**9, 10**30, 1e308, 1e-320, float("nan"), float("inf"), "", "x", "7", "\0",
           "\ud800", "\x1b[2J", "../..", "a" * 10**5, [], [1], ["x"] * 1000, {}, {"a": 1}, [[[[]]]]]
@@ -191,30 +192,27 @@ def kill(name, cases, folder, seed=0):
             shutil.rmtree(out, ignore_errors=True)
         words = ["--resume", str(out)] if resumed else argv(
             name, images, "--out", out, "--epochs", 6, "--knn-every", 2)      # by default it depends on the time
-        return subprocess.Popen([sys.executable, ROOT / f"{name}.py", *words], stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return Program([ROOT / f"{name}.py", *words], folder, folder / "output", OMP_NUM_THREADS="1")
 
     whole, begin = folder / "whole", time.perf_counter()
-    out, _ = (process := start(whole)).communicate()
-    assert process.returncode == 0, out
+    assert start(whole).wait() == 0, (folder / "output").read_text()
     lasts, want = time.perf_counter() - begin, comparable(whole)
     while killed < cases:
         begin, process = time.perf_counter(), start(folder / "run")
         try:
-            out, _ = process.communicate(timeout=rng.uniform(0.2, 1.1) * lasts)
+            status = process.wait(rng.uniform(0.2, 1.1) * lasts)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.communicate()
+            process.wait()
             killed += 1
             continue
-        if process.returncode or comparable(folder / "run") != want:
-            failures.append(f"{name}: after {killed} kills {out[-2000:]}")
+        if status or comparable(folder / "run") != want:
+            failures.append(f"{name}: after {killed} kills {(folder / 'output').read_text()[-2000:]}")
         ended, lasts = ended + 1, min(lasts, time.perf_counter() - begin)     # on a machine that is less busy now
         shutil.rmtree(folder / "run")
     if (folder / "run").exists() or not ended:
-        out, _ = (process := start(folder / "run")).communicate()
-        if process.returncode or comparable(folder / "run") != want:
-            failures.append(f"{name}: at the end {out[-2000:]}")
+        if start(folder / "run").wait() or comparable(folder / "run") != want:
+            failures.append(f"{name}: at the end {(folder / 'output').read_text()[-2000:]}")
         ended += 1
     print(f"{name}: {killed} kills, {ended} runs came to their end, {len(failures)} failures", *failures, sep="\n",
           flush=True)

@@ -10,7 +10,7 @@ def test_beside_a_folder_without_the_script(here):
         bench.of_checkout(here)
 
 
-@pytest.mark.parametrize("part, amp", [*((part, "bf16") for part in bench.PARTS), ("gcrl", "off")])
+@pytest.mark.parametrize("part, amp", [*((part, "off") for part in bench.PARTS), ("gcrl", "bf16")])
 def test_part(part, amp, tiny, monkeypatch, capsys, here):
     main = bench.simclr.main
     monkeypatch.setattr(bench.simclr, "main", lambda argv: main([*tiny("simclr", "--amp", amp), *argv]))

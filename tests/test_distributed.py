@@ -23,6 +23,7 @@ if str(ROOT) not in sys.path:                                                 # 
 
 from common import Refusal, cli, distributed, linear_probe, progress, shapes  # noqa: E402
 from common.run import Run  # noqa: E402
+from programs import Program  # noqa: E402
 
 ALL = "--image-size 8 --epochs 1 --batch-size 80 --amp off --device cpu --workers 0"
 CASES = {  # at a high rate batch norm amplifies rounding, and Adam takes whole steps where the gradient is nothing else
@@ -32,8 +33,8 @@ CASES = {  # at a high rate batch norm amplifies rounding, and Adam takes whole 
     "moco end-to-end": "--width 4 --lr 0.001 --bn-groups 2 --dictionary end-to-end --symmetric",
     "cmc": "--width 4 --lr 0.001 --warmup 0 --batch-size 200 --dictionary memory-bank --negatives 300",
     "cmc end-to-end": "--width 4 --lr 0.001 --warmup 0 --batch-size 200 --dictionary end-to-end",
-    "cpc": "--width 4 --context-width 8 --lr 0.0002 --image-size 20",
-    "cpc float64": "--width 4 --context-width 8 --lr 0.0002 --image-size 20 --norm batch",
+    "cpc": "--width 4 --context-width 8 --lr 0.0002 --image-size 10 --patch 4 --stride 2",
+    "cpc float64": "--width 4 --context-width 8 --lr 0.0002 --image-size 10 --patch 4 --stride 2 --norm batch",
     "dim": "--width 4 --units 8 --lr 0.0002 --objective both",
     "dim multiscale": "--width 2 --units 8 --lr 0.0002 --objective multiscale --depth 1 --image-size 32",
     "gcrl": "--width 8 --heads 2 --encoder-layers 1 --decoder-layers 1 --colours 4 --lr 0.0002 --micro-batch 16",
@@ -41,8 +42,7 @@ CASES = {  # at a high rate batch norm amplifies rounding, and Adam takes whole 
 }
 # Without --local-addr the processes look for each other by the machine's name, which does not resolve everywhere.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1",
-               **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})}
+LOOPBACK = {"OMP_NUM_THREADS": "1", **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})}
 PATIENCE = datetime.timedelta(seconds=50)                                     # what hangs is an error within a minute
 
 
@@ -59,17 +59,20 @@ def train(case, folder):
 
 @contextlib.contextmanager
 def few_images():
-    """400 images of shapes are enough here."""
+    """400 images of shapes are enough here, of which 8 x 8 pixels."""
     draw = shapes.draw
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "draw", lambda n, *rest: draw(n // 5, *rest))
+        patch.setattr(linear_probe.WhitenedPixels.__init__, "__defaults__", (256, 8))
         for name in linear_probe.MEASURES:                                    # what is trained is tested, not its worth
             patch.setitem(linear_probe.MEASURES, name, lambda *_: 0.0)
         yield
 
 
 def all_cases():
-    """The program of the two processes: all cases, one after the other, and a gradient. Warnings are errors."""
+    """The program of two processes: all cases, one after the other, and a gradient. Warnings are errors."""
+    os.environ |= dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    os.environ["RANK"] = str(int((other := os.fork()) == 0))
     warnings.simplefilter("error")
     init, end, distributed.end = dist.init_process_group, distributed.end, lambda: None
     dist.init_process_group = lambda *args: init(*args, timeout=PATIENCE)
@@ -83,17 +86,19 @@ def all_cases():
     (distributed.gather(x).transpose(1, 2) * weights).sum().backward()
     torch.save(x.grad, f"gradient{rank}")
     end()
+    if rank == 0:
+        assert os.waitpid(other, 0)[1] == 0
 
 
 def start(folder, tiny):
-    """Runs `all_cases` in two processes."""
-    program = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_distributed as t; t.all_cases()"
-    (folder / "program.py").write_text(program)
-    with open(folder / "output", "w") as output:
-        return subprocess.Popen(
-            [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--rdzv-conf", "join_timeout=50", "--log-dir",
-             folder / "logs", "--redirects", "3", "program.py"], env=ENVIRONMENT, cwd=folder, stdout=output,
-            stderr=output)
+    """Runs `all_cases`."""
+    return program("all_cases()", folder, folder / "output")
+
+
+def program(call, folder, *output, **environment):
+    """A call of this module as a program."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_distributed as t; t.{call}"
+    return Program(["-c", code], folder, *output, **LOOPBACK, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +152,7 @@ def test_two_machines(tiny, finished, tmp_path):
     argv, port = tiny("gcrl", "--out", tmp_path / "run"), free_port()
     agents = [subprocess.Popen([*TORCHRUN, "--nnodes", "2", "--node-rank", str(rank), "--master-addr", "127.0.0.1",
                                 "--master-port", port, "--nproc-per-node", "1", ROOT / "gcrl.py", *argv],
-                               env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               env=os.environ | LOOPBACK, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
               for rank in (0, 1)]
     (output, errors), (silence, errors2) = (agent.communicate(timeout=100) for agent in agents)
     assert [agent.returncode for agent in agents] == [0, 0], errors + errors2
@@ -183,55 +188,54 @@ def fails(rank, how, argv):
         if how == "stopped":
             Run.save = lambda *args: time.sleep(2 * (rank == 0)) or save(*args)
         importlib.import_module("gcrl").main(argv)
+    sys.argv = ["gcrl.py"]
     cli.program(main)
 
 
-def start_both(how, argv):
-    """The two processes of `fails`, without torchrun, which would end one when the other fails."""
-    port, program = free_port(), (f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); sys.argv = ['gcrl.py']; "
-                                  f"import test_distributed as t; t.fails")
-    return [subprocess.Popen(
-        [sys.executable, "-c", f"{program}({rank}, {how!r}, {argv})"],
-        env=ENVIRONMENT | dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
+@pytest.fixture
+def both(tiny, tmp_path):
+    """both(how): the two processes of `fails` with the run's folder RUN, without torchrun, which would end one when the
+    other fails; and what they have written: a function of (rank, "stdout" or "stderr")."""
+    started = []
+
+    def start(how):
+        port, argv = free_port(), list(map(str, tiny("gcrl", "--out", tmp_path / "run")))
+        for rank in "01":
+            files = [tmp_path / f"{name}{rank}" for name in ("stdout", "stderr")]
+            started.append(program(f"fails({rank}, {how!r}, {argv})", tmp_path, *files, RANK=rank, WORLD_SIZE="2",
+                                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+        return *started, lambda rank, name: (tmp_path / f"{name}{rank}").read_text()
+    yield start
+    for process in started:
+        process.kill()
 
 
-def test_all_processes_wait_for_the_save(tiny, tmp_path):
+def test_all_processes_wait_for_the_save(both, tmp_path):
     """torchrun kills the first process, which saves, as soon as another has ended with a status other than 0."""
-    first, second = start_both("stopped", tiny("gcrl", "--out", tmp_path / "run"))
-    _, errors = second.communicate(timeout=60)
-    saved = (tmp_path / "run" / "checkpoint.pt").exists()
-    out, first_errors = first.communicate(timeout=20)
-    assert saved and (first.returncode, second.returncode) == (130, 143) and "stopped and saved at step 3" in out
-    assert "Traceback" not in errors + first_errors
+    first, second, written = both("stopped")
+    assert second.wait(60) == 143 and (tmp_path / "run" / "checkpoint.pt").exists()
+    assert first.wait(20) == 130 and "stopped and saved at step 3" in written(0, "stdout")
+    assert "Traceback" not in written(0, "stderr") + written(1, "stderr")
 
 
-@pytest.mark.parametrize("how, failing", [("killed", 1), ("download", 0)])
-def test_a_failing_process_ends_the_other(how, failing, tiny, tmp_path):
+@pytest.mark.parametrize("how, failing, status", [("killed", 1, 9), ("download", 0, 2)])
+def test_a_failing_process_ends_the_other(how, failing, status, both, tmp_path):
     """At once, with a sentence, and no run is left that has nothing."""
-    both = start_both(how, tiny("gcrl", "--out", tmp_path / "run"))
-    both[failing].wait(timeout=60)
-    (out, errors), (out2, errors2) = (process.communicate(timeout=20) for process in (both[failing], both[1 - failing]))
-    assert (both[failing].returncode, both[1 - failing].returncode) == ({"killed": 9, "download": 2}[how], 2), errors2
+    *processes, written = both(how)
+    assert processes[failing].wait(60) == status and processes[1 - failing].wait(20) == 2
+    errors, errors2 = written(failing, "stderr"), written(1 - failing, "stderr")
     assert "gcrl.py: another process has ended or does not answer: " in errors2 and "Traceback" not in errors2
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
     if how == "download":
-        assert (out, out2) == ("downloaded\n", "downloaded\n")
+        assert written(0, "stdout") == written(1, "stdout") == "downloaded\n"
         assert errors.endswith("gcrl.py: no such file\n") and "Traceback" not in errors
 
 
 def test_a_failing_set_up_shows_what_the_processes_wrote(ended, tmp_path):
-    (tmp_path / "program.py").write_text("import os\nfor i in range(60): print('line', i, 'of', os.environ['RANK'])\n"
-                                         "raise SystemExit('the reason')\n")
-    with open(tmp_path / "output", "w") as output:
-        process = subprocess.Popen(
-            [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--log-dir", tmp_path / "logs", "--redirects", "3",
-             tmp_path / "program.py"], env=ENVIRONMENT, stdout=output, stderr=output)
+    (tmp_path / "program.py").write_text("for i in range(60): print('line', i)\nraise SystemExit('the reason')\n")
     with pytest.raises(pytest.fail.Exception) as failure:
-        ended(tmp_path, process)
-    text = str(failure.value)
-    assert "the reason" in text
-    assert any(f"line 10 of {rank}\n" in text and f"line 9 of {rank}\n" not in text for rank in (0, 1))
+        ended(tmp_path, Program(["program.py"], tmp_path, tmp_path / "output"))
+    assert "line 11\n" in (text := str(failure.value)) and "line 10\n" not in text and text.endswith("the reason")
 
 
 def test_a_rank_alone_starts_nothing(monkeypatch):

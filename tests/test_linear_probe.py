@@ -350,8 +350,11 @@ def correlated_images(n, size, seed):
     return Images(pixels, None, CPU, workers=0, in_memory=True)
 
 
+DEFAULTS = dict(zip(("components", "size"), linear_probe.WhitenedPixels.__init__.__defaults__))  # not short_probes'
+
+
 def whitened_pixels(train, test, **kwargs):
-    module = linear_probe.WhitenedPixels(train, **kwargs)
+    module = linear_probe.WhitenedPixels(train, **DEFAULTS | kwargs)
     return linear_probe.features(module, train), linear_probe.features(module, test)
 
 

@@ -4,9 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import simclr
 from common import data, linear_probe, pictures
 from common.evaluation import __main__ as evaluate
 from common.progress import Monitor
+from programs import Program
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,14 +133,14 @@ def test_ticks(low, high):
 def test_killed_and_judged(tiny, here, images):
     """A run that is killed with -9 in its training is judged as it was at its last checkpoint."""
     argv = tiny(simclr, "--epochs", 10000, "--out", "run")
-    process = subprocess.Popen([sys.executable, ROOT / "simclr.py", *argv], cwd=here, stdout=subprocess.DEVNULL)
+    process = Program([ROOT / "simclr.py", *argv], here, os.devnull)
     try:
         deadline = time.monotonic() + 60
         while not Path("run/encoder.pt").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
     assert not Path("run/result.json").exists()
     result = evaluate.main(["run", "--device", "cpu", "--amp", "off", "--workers", 0])

@@ -23,6 +23,7 @@ from common.cli import Refusal
 from common.evaluation import __main__ as evaluate
 from common.progress import Monitor, Progress, clock, feature_std
 from common.run import Run, cosine, lock
+from programs import Program
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -336,36 +337,34 @@ def test_resume_takes_the_settings(either, finished):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
-def test_signal(tiny, here, number, status):
+def test_signal(tiny, here, tmp_path, number, status):
     """A signal stops the program at the next step: saved, says how to go on, exit status 128 + signal, no traceback."""
     argv = tiny(simclr, "--epochs", 100_000, "--out", "run")
-    process = subprocess.Popen([sys.executable, ROOT / "simclr.py", *argv], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = Program([ROOT / "simclr.py", *argv], here, tmp_path / "stdout", tmp_path / "stderr")
     try:
-        said = next(line for line in process.stdout if line.startswith("epoch "))
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        process.until("\nepoch 1/100000 ")
+        os.kill(process.pid, number)
+        assert process.wait(60) == status
     finally:
         process.kill()
-        process.wait()
-    assert said.startswith("epoch 1/100000 ") and err == ""
-    assert process.returncode == status and "--resume run" in out.splitlines()[-1]
+    assert (tmp_path / "stderr").read_text() == ""
+    assert "--resume run" in (tmp_path / "stdout").read_text().splitlines()[-1]
     state = torch.load("run/checkpoint.pt", weights_only=True)
     log = Path("run/log.jsonl").read_text().splitlines()
     assert len(log) == state["epoch"] >= 1 and 0 <= state["step"] <= 5
 
 
-def test_one_process_trains_a_run(tiny, here, capsys):
+def test_one_process_trains_a_run(tiny, here, tmp_path):
     """A second one that would resume it is refused, while the first trains and not after that was killed."""
     argv = tiny(simclr, "--epochs", 100_000, "--out", "run")
-    process = subprocess.Popen([sys.executable, ROOT / "simclr.py", *argv], stdout=subprocess.PIPE, text=True)
+    process = Program([ROOT / "simclr.py", *argv], here, tmp_path / "stdout")
     try:
-        next(line for line in process.stdout if line.startswith("epoch "))
+        process.until("\nepoch ")
         with pytest.raises(Refusal, match="run is being trained by another process: stop it"):
             simclr.main(["--resume", "run"])
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
     lock(Path("run/args.json")).close()
 
 
@@ -606,14 +605,14 @@ def test_too_little_memory_is_one_sentence(error, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists() or torch.cuda.is_available(), reason="needs Linux without CUDA")
-def test_memory_that_is_not_there_is_refused_before_it_is_used():
+def test_memory_that_is_not_there_is_refused_before_it_is_used(tmp_path):
     """An allocation of more than is free, which the system grants as long as it is not used, fails in a sentence."""
     code = ("import torch; from common import cli; free = cli.limit_memory(); "
             "cli.program(lambda: print(torch.empty(int(SHARE * free), dtype=torch.uint8).shape))")
-    fits, refused = [subprocess.Popen([sys.executable, "-c", code.replace("SHARE", share)], cwd=ROOT, text=True,
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE) for share in ("0.5", "1.02")]
-    (_, _), (_, err) = fits.communicate(), refused.communicate()
-    assert fits.returncode == 0 and refused.returncode == 2
+    fits, refused = [Program(["-c", code.replace("SHARE", share)], ROOT, tmp_path / f"{share}.out", tmp_path / share)
+                     for share in ("0.5", "1.02")]
+    assert (fits.wait(60), refused.wait(60)) == (0, 2)
+    err = (tmp_path / "1.02").read_text()
     assert "more memory than the" in err and err.count("\n") == 1
 
 

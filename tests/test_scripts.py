@@ -21,6 +21,7 @@ import moco
 import simclr
 from common import cli, resnet
 from common.cli import Refusal
+from programs import Program
 
 ROOT = Path(__file__).parent.parent
 
@@ -383,8 +384,7 @@ def start(root, tiny):
     text = re.sub(r"^from common import .*\nfrom common.run .*", "from common import augment, resnet", text, flags=re.M)
     (root / "parts" / "mine.py").write_text(text + PARTS)
     jobs.append([str(root / "parts"), "mine.py"])
-    with open(root / "output", "w") as output:
-        return subprocess.Popen([sys.executable, "-c", ALONE, json.dumps(jobs)], cwd=root, stdout=output, stderr=output)
+    return Program(["-c", ALONE, json.dumps(jobs)], root, root / "output")
 
 
 @pytest.fixture(scope="module")

@@ -215,10 +215,10 @@ def test_a_backbone_of_ones_own(tiny, images, tmp_path, good):
     readme = (ROOT / "README.md").read_text()
     assert all(line.strip() in readme for line in EDIT.splitlines())
 
-    good(["mine.py", *tiny("simclr", "--image-size", 32, "--epochs", 1, "--batch-size", 40, "--out", "run")], tmp_path)
+    good(["mine.py", *tiny("simclr", "--image-size", 16, "--epochs", 1, "--batch-size", 40, "--out", "run")], tmp_path)
     flags = ["run", "--finetune", "--epochs", 1, "--frozen-stages", 1, "--device", "cpu", "--amp", "off"]
     out = good(["-c", f"import common.evaluation, torch; from common.evaluation.__main__ import main; main({flags}); "
-                "print(*common.evaluation.load('run')(torch.rand(2, 3, 32, 32)).shape)"], tmp_path)
+                "print(*common.evaluation.load('run')(torch.rand(2, 3, 16, 16)).shape)"], tmp_path)
     assert "mine  " in out and "1 of 3 stages frozen" in out and out.endswith("2 576\n")
 
 
