@@ -3,21 +3,21 @@
 version 2: Data-Efficient Image Recognition with Contrastive Predictive Coding (Henaff et al. 2019, 1905.09272).
 
 An image is cut into a G x G grid of overlapping patches. An encoder maps each patch to a vector z_{i,j}; a masked
-convolutional network summarises rows i - 5 to i in a context c_{i,j}, from which a linear map W_k predicts the patch k
-rows below. InfoNCE has to tell that patch from those of other places and other images (v2, equation 2; t = W z):
+convolutional network summarises rows i - 5 to i in a context c_{i,j}, from which a linear map predicts the patch k rows
+below. InfoNCE has to tell that patch from those of other places and other images (v2, equation 2):
 
-    L = - mean over k of the mean over i, j of  log  exp(W_k c_{i,j} . t_{i+k,j}) / sum_l exp(W_k c_{i,j} . t_l)
+    L = - mean over directions, k and places of  log  exp s_k(c_{i,j}, t_{i+k,j}) / sum_l exp s_k(c_{i,j}, t_l)
 
-v2 predicts in four directions, each with its own context network. The representation that is kept and evaluated is
-the mean of z over the grid.
+with s_k(c, t) = (W_k c + b_k).t / sqrt(D) and t = W z of length D. v2 predicts in four directions, each with its own
+context network. The representation that is kept and evaluated is the mean of z over the grid.
 
     python cpc.py                                           # generated shapes, a minute on two cores
     python cpc.py --dataset cifar10                         # ResNet-18 on each patch, 200 epochs
 
 Differences from the papers: prediction starts at the first row that shares no pixel with the context (v1: k = 1); v2's
 patches get three of AutoAugment's operations, each with probability 0.1 (v2: two of sixteen), and 0.2 of the patches
-lose two channels (v2: all, --colour-drop 1); v1's patches stay in colour (v1: all grey); folders take a ResNet-50 (v2:
-ResNet-161); Adam's rate follows a cosine; inputs are only scaled to [-1, 1].
+lose two channels (v2: all, --colour-drop 1); v1's patches stay in colour (v1: all grey); folders take a ResNet-50 and k
+from 3 to 5 (v2: ResNet-161; k = 3 in its code); Adam's rate follows a cosine; inputs are only scaled to [-1, 1].
 
 Measured, linear probe / kNN: `shapes` 57.0 +- 4.7 / 25.3 over three seeds, contexts 64.1 / 27.8 (untrained 22.7 /
 14.6), 37 to 48 s on one core of a Xeon; CIFAR-10 (JPEG), `--small`, 51.7 / 46.0, contexts 59.0 / 47.0 (35.9 / 33.3).
@@ -199,7 +199,7 @@ def steps_ahead(patch, stride, last, first=None):
 
     When patches overlap, most of the next row has been seen already, and predicting it teaches only pixel matching.
     """
-    return range(first or -(-patch // stride), last + 1)
+    return range(first or math.ceil(patch / stride), last + 1)
 
 
 # ---- loss
@@ -253,8 +253,8 @@ DEFAULTS = [  # of runs with these settings, where they differ from the flags' d
 def arguments(argv):
     parser = cli.RunParser(__file__, "CPC", epochs=200, batch_size=64, photographs=True)
     add, number = parser.add_argument, parser.number
-    number("--patch", 8, "[1, inf)", "side of a patch in pixels (256-pixel ImageNet, v1: 64, v2: 80)")
-    number("--stride", 4, "[1, inf)", "pixels from one patch to the next (v1: 32; v2: 29 with 7 rows of 80)")
+    number("--patch", 8, "[1, inf)", "side of a patch in pixels (ImageNet, v1: 64 of 256, v2: 80 of 260)")
+    number("--stride", 4, "[1, inf)", "pixels from one patch to the next (v1: 32; v2: 36)")
     number("--steps", 5, "[1, inf)", "largest number of rows to predict ahead (v1: 5)")
     number("--first", None, "[1, inf)", "smallest number of rows to predict ahead (default: the first row that "
         "shares no pixel with the context; v1: 1)", kind=int)

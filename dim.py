@@ -47,9 +47,9 @@ def mutual_information(scores, positives, estimator):
 
     scores: (N, K), T of N vectors with K candidates each. positives: (N, K) bool, true for pairs from one image (P), at
     least one in each row, and false for pairs from two images (Q), equally many in each row.
-    estimator: "dv" and "infonce" are lower bounds in nats if the pairs of Q are independent (the places of one image
-    are not); to infonce log(1 + negatives in a row) is added, its upper limit. "jsd" is at most 2 JS(P, Q) - log 4,
-    within [-log 4, 0]. At chance level, T = 0, they are 0, 0 and -log 4.
+    estimator: "infonce" is a lower bound in nats if the pairs of Q are independent (the places of one image are not);
+    log(1 + negatives in a row) is added to it, its upper limit. "dv" may exceed the truth, as the log of a batch's mean
+    is too small on average. "jsd" is at most 2 JS(P, Q) - log 4, within [-log 4, 0]. T = 0 gives 0, 0 and -log 4.
     """
     scores = scores.float()
     def mean(x, mask):                                                        # x[mask] would synchronise the GPU
@@ -60,7 +60,7 @@ def mutual_information(scores, positives, estimator):
     if estimator == "infonce":
         log_softmax = scores - torch.logaddexp(scores, others)                # (N, K), positive among negatives
         return mean(log_softmax, positives) + (~positives[0]).sum().log1p()
-    return mean(scores, positives) - (others.logsumexp(dim=(0, 1)) - (~positives).sum().log())
+    return mean(scores, positives) - (others.logsumexp(dim=(0, 1)) - (~positives).sum().log())          # dv
 
 
 def inner_products(a, b):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""GCRL: Generative-Contrastive Representation Learning (2106.06162), an axial transformer trained on two losses.
+"""GCRL: Hybrid Generative-Contrastive Representation Learning (Kim et al. 2021, 2106.06162).
 
-An image is a sequence of D = H W tokens, indices into a colour palette, in raster order. Its feature is the encoder's
-output averaged over the positions. For each of N images, x1 is a weakly and x2 a strongly augmented view, and z1 and z2
-are their normalised projections:
+One axial transformer learns from two losses. An image is a sequence of D = H W tokens, indices into a colour palette,
+in raster order. Its feature is the encoder's output averaged over the positions. For each of N images, x1 is a weakly
+and x2 a strongly augmented view, and z1 and z2 are their normalised projections:
 
     L   = alpha L_g + beta L_c
     L_g = -1/N  sum_i sum_{k=2..D} log p(x1[i,k] | x1[i,<k])
@@ -15,7 +15,7 @@ are their normalised projections:
     python gcrl.py --sample RUN --temperature 0.9           # samples images from a saved run
 
 Differences from the paper: --alpha weights L_g / (D - 1), the mean over the predicted tokens, so --alpha D-1 gives the
-equation above. Network, tau, weak view, schedule and 32 x 32 tokens are our choices.
+equation above. Network, tau, weak view, optimiser, schedule and 32 x 32 tokens are our choices.
 
 Measured, linear / kNN: `shapes`, three seeds, 42.9 / 21.1 (untrained 22.6 / 11.5); CIFAR-10 (JPEG), --small (36.6 /
 31.2), 51.9 / 47.3, 1.852 nats a token; alpha 8 53.3 / 47.2, 1.820; alpha 0 50.5 / 45.8; beta 0 50.3 / 40.0, 1.797.

@@ -19,10 +19,10 @@ The representation that is kept and evaluated is f_q without its head.
     python moco.py --dataset cifar10                        # ResNet-18, 200 epochs
 
 Differences from the papers: --bn-groups and shuffling also work on one device; --symmetric averages both directions
-(MoCo's CIFAR demo: their sum); inputs are in [0, 1]. With the memory bank, and in brackets Wu et al.: a query's own
-vector is no negative; negatives are drawn once a batch (for each query); views are flipped (on ImageNet only); it is
-filled by the untrained encoder (random vectors); the schedule is a cosine (--schedule steps); nce estimates Z on each
-batch (the first; on `shapes` the loss then diverges); the proximal term is left out (in their code, too).
+(MoCo's CIFAR demo: their sum); folders take a ResNet-18 (ResNet-50); inputs are in [0, 1]. With the memory bank, and in
+brackets Wu et al.: a query's vector is no negative; negatives are drawn once a batch (for each query); views are
+flipped (on ImageNet only); it is filled by the untrained encoder (random vectors); the schedule is a cosine (--schedule
+steps); nce estimates Z on each batch (the first; on `shapes` the loss then diverges); no proximal term (paper only).
 
 Measured, linear / kNN: `shapes` over three seeds queue 64.7 / 50.0, memory bank 67.6 / 56.7 (untrained 30.9 / 15.9),
 end-to-end 73.9 / 59.4 (30.8 / 15.8, on another machine); CIFAR-10 (JPEG), `--small`, 60.9 / 59.2 (37.7 / 32.8), 62 min.
@@ -45,8 +45,8 @@ def view(x, rng, size, crop_min, augmentation, blur, aspect=None):
     """One random view of each image: x uint8 (N, 3, H, W) to float (N, 3, size, size) in [0, 1].
 
     crop_min: smallest share of the area that a crop keeps. augmentation: "v1" jitters the colours of every view, with
-    large changes of hue, "v2" those of 0.8 of the views, with smaller ones. blur: probability of blurring.
-    aspect: (N,), width / height of the photographs before they were resized to squares.
+    large changes of hue, "v2" those of 0.8 of the views, with smaller ones; grey comes after it (MoCo v1's code:
+    before). blur: probability of blurring. aspect: (N,), width / height of photographs resized to these squares.
     """
     n, (share, hue) = len(x), {"v1": (1.0, 0.4), "v2": (0.8, 0.1)}[augmentation]
     steps = augment.random_resized_crop(rng, x.shape, size, (crop_min, 1.0), aspect)
@@ -127,7 +127,7 @@ class MoCo(nn.Module):
         h, q = self.query(x_q)                                                # (N, feature_dim), (N, C)
         q = distributed.gather(q)
         if self.dictionary == "memory-bank":
-            contrast = functools.partial(nce, images=len(self.bank)) if self.contrast == "nce" else info_nce
+            contrast = nce if self.contrast == "nce" else info_nce
             own = index[:, None] == drawn                                     # (N, K): true for its own vector
             return contrast(q, self.bank[index], self.bank[drawn], tau, own=own), h, q, None
         if self.dictionary == "end-to-end":
@@ -187,18 +187,18 @@ def info_nce(q, k, negatives, tau, own=None):
         return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
 
 
-def nce(q, k, negatives, tau, images, own):
+def nce(q, k, negatives, tau, own):
     """Noise-contrastive estimation (Wu et al. 2018, equations 5 to 8), mean over the queries: a scalar.
 
-    A logistic regression on log p - log(m / n) tells the key from m draws out of n = `images`. p = exp(q.k / tau) / Z,
-    and Z is n times the mean of exp(q.k_i / tau) over all queries and negatives, without gradient. Arguments as in
-    `info_nce`, but of length 1. Equal keys give log(1 + m) + m log(1 + 1 / m), the chance level.
+    A logistic regression on log p - log(m / n) tells the key from m draws out of n images. p = exp(q.k / tau) / Z, and
+    Z is n times the mean of exp(q.k_i / tau) over all queries and negatives, without gradient, so that n cancels.
+    Arguments as in `info_nce`, but of length 1. Equal keys give log(1 + m) + m log(1 + 1 / m), the chance level.
     """
     with torch.autocast(q.device.type, enabled=False):
         others = (q @ negatives.T / tau).masked_fill(own, -math.inf)          # (N, m)
         drawn = (~own).sum(dim=1, keepdim=True)                               # (N, 1)
-        log_z = others.detach().logsumexp(dim=(0, 1)) + math.log(images) - drawn.sum().log()
-        threshold = log_z + (drawn.clamp(min=1) / images).log()               # (N, 1)
+        log_mean = others.detach().logsumexp(dim=(0, 1)) - drawn.sum().log()  # log(Z / n)
+        threshold = log_mean + drawn.clamp(min=1).log()                       # log(Z m / n), (N, 1)
         positive = (q * k).sum(dim=1, keepdim=True) / tau - threshold         # (N, 1)
         return (F.softplus(-positive) + F.softplus(others - threshold).sum(dim=1, keepdim=True)).mean()
 

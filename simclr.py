@@ -14,11 +14,12 @@ The loss is the mean over the 2N views. The representation that is kept and eval
 Sources of the defaults: cifar10 follows dkobak/simclr-cifar10 (SGD, batches of 512, decay 5e-4, crops of 0.2 or more),
 which reports 85.6 % linear after 100 epochs with a rate of 0.06, and 91.7 % after 1,000 with 0.03. Greyscale for 0.2 of
 the views and a hidden layer as wide as h are the paper's (dkobak: 0.1, which worked better, and 1,024). folder follows
-the paper's ImageNet recipe (LARS, section 2.2; tau 0.1, table 5); --optimizer lars uses the authors' CIFAR-10 rate.
+the paper's ImageNet recipe (LARS; tau 0.1, table 5) with a ResNet-18 (paper: ResNet-50, batches of 4,096).
 
-Differences from the paper: weight decay skips biases and batch norm under SGD, too. In the authors' code the head has
-three layers with batch norm (--head mlp-bn), the last batch norm of a block starts at 0 (in 10 epochs of 10,000 images
-this gains a point, that head nothing), and the loss is twice equation 1, so that what LARS does not adapt moves faster.
+Differences from the paper: weight decay skips biases and batch norm under SGD, too; --loss logistic and margin have
+negatives from both views (paper: one). In the authors' code the head has three layers with batch norm (--head mlp-bn),
+the last batch norm of a block starts at 0 (in 10 epochs of 10,000 images this gains a point, that head nothing), and
+the loss is twice equation 1, so that what LARS does not adapt moves faster.
 
 Measured, linear / kNN, README has more: `shapes`, three seeds, 75.0 / 55.5 (untrained 30.9 / 15.9); --small of CIFAR-10
 (JPEG), three seeds, 64.7 / 61.1 (38.0 / 32.8), one with `--width 32 --epochs 26` 70.2 / 65.1 (41.8 / 34.5), in an hour
@@ -35,7 +36,6 @@ from common import Refusal, augment, cli, distributed, resnet
 from common.run import Run, cosine
 
 # ---- augmentation (appendix A; appendix B.9 for CIFAR)
-
 
 RECIPE = ("crop", "flip", "colour", "grey")
 STUDIED = ("cutout", "rotation", "noise", "sobel")  # also in figure 5 of the paper, as is blur
@@ -157,7 +157,7 @@ def pair_similarities(z1, z2):
 
 
 def semi_hard(positive, negatives, margin):
-    """Mask (2N, 2N - 2) of each view's semi-hard negative (Schroff et al. 2015; appendix B.7): the most similar one of
+    """Mask (2N, 2N - 2) of each view's semi-hard negative (Schroff et al. 2015; appendix B.10): the most similar one of
     those that are less similar than the positive, but by less than the margin. A view may have none."""
     gap = positive[:, None] - negatives
     allowed = (gap > 0) & (gap < margin)
@@ -226,7 +226,7 @@ DEFAULTS = [  # of runs with these settings, where they differ from the flags' d
     (dict(dataset="stl10"), dict(image_size=96)),
     (dict(dataset="fashionmnist"), dict(image_size=28)),
     (dict(dataset="folder"), dict(image_size=224, jitter=1.0, blur=0.5, stem="imagenet", crop_min=0.08, tau=0.1,
-                                  optimizer="lars", warmup=0.05, lr=0.03)),
+                                  optimizer="lars", warmup=0.05, lr=0.03)),   # this lr is for --optimizer sgd
     (dict(small=True), dict(image_size=32, jitter=0.5, blur=0.0, stem="cifar", width=16, epochs=20, batch_size=256,
                             crop_min=0.2, lr=0.2, tau=0.2, optimizer="sgd", weight_decay=1e-4, warmup=0.05)),
     (dict(optimizer="lars"), dict(lr=1.0, weight_decay=1e-4, warmup=0.05)),   # the authors' for CIFAR-10

@@ -133,17 +133,19 @@ def nce_oracle(q, k, negatives, tau, own, images):
 @pytest.mark.parametrize("contrast", ["softmax", "nce"])
 @pytest.mark.parametrize("n, m, tau", [(1, 1, 0.5), (5, 7, 0.1), (6, 3, 2.0)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_losses_are_the_equations_with_their_gradients(contrast, n, m, tau, masked):
+@pytest.mark.parametrize("source", [1, 50])
+def test_losses_are_the_equations_with_their_gradients(contrast, n, m, tau, masked, source):
+    """Wherever they are drawn from, the number of images cancels in NCE."""
     torch.manual_seed(n)
     given = [unit(n, 4), unit(n, 4), unit(m, 4)]
     own = torch.rand(n, m) < 0.3 if masked else torch.zeros(n, m, dtype=torch.bool)
     ours, true = ([x.clone().to(dtype).requires_grad_() for x in given] for dtype in (torch.float32, torch.float64))
-    mask, images = own if masked else None, 50
+    mask = own if masked else None
     if contrast == "softmax":
         loss, truth = cmc.softmax_contrast(*ours, tau, mask), softmax_oracle(*true, tau, own)
     else:
-        loss, truth = cmc.nce(*ours, tau, images, mask), nce_oracle(*true, tau, own, images)
-        assert moco.nce(*given, tau, images, own).item() == pytest.approx(truth.item(), rel=1e-5)
+        loss, truth = cmc.nce(*ours, tau, mask), nce_oracle(*true, tau, own, source)
+        assert moco.nce(*given, tau, own).item() == pytest.approx(truth.item(), rel=1e-5)
     loss.backward()
     truth.backward()
     assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
@@ -153,9 +155,9 @@ def test_losses_are_the_equations_with_their_gradients(contrast, n, m, tau, mask
 
 def test_chance_levels():
     """Equal vectors: log(1 + m) for softmax, log(1 + m) + m log(1 + 1/m) for NCE."""
-    same, m, images = F.normalize(torch.ones(4, 8), dim=1), 9, 50
+    same, m = F.normalize(torch.ones(4, 8), dim=1), 9
     assert cmc.softmax_contrast(same, same, same[:1].expand(m, 8), 0.07).item() == pytest.approx(math.log(10), rel=1e-5)
-    loss = cmc.nce(same, same, same[:1].expand(m, 8), 0.07, images)
+    loss = cmc.nce(same, same, same[:1].expand(m, 8), 0.07)
     assert loss.item() == pytest.approx(math.log(10) + 9 * math.log(10 / 9), rel=1e-4)
 
 

@@ -138,7 +138,7 @@ def test_mps_lacks(wrong, error):
 def test_cmcs_nce_alone(device):
     """What callers may leave out is made on the device."""
     q, k, negatives = torch.nn.functional.normalize(torch.ones(3, 4, 2, device="cuda"), dim=2)
-    assert cmc.nce(q, k, negatives, 0.1, 4).device.type == "cuda"
+    assert cmc.nce(q, k, negatives, 0.1).device.type == "cuda"
 
 
 def test_drawn_images_are_kept_on_the_device(device):

@@ -132,7 +132,7 @@ def test_nce_of_no_negatives(loss):
     """Where all that was drawn is the anchor's own, its term has the positive alone, and a gradient."""
     q = unit(3, 4).requires_grad_()
     own = torch.tensor([[True, True], [False, True], [False, False]])
-    value = loss(q, unit(3, 4), unit(2, 4), 0.2, 6, own)
+    value = loss(q, unit(3, 4), unit(2, 4), 0.2, own)
     value.backward()
     assert value.isfinite() and q.grad.isfinite().all()
 
@@ -178,7 +178,7 @@ def test_the_bank_by_nce():
     model = new_model("memory-bank", contrast="nce")
     index, drawn = torch.tensor([3, 0, 5, 2]), torch.tensor([0, 1, 3, 4])
     loss, _, q, _ = model(torch.rand(4, 3, 8, 8), None, 0.2, index=index, drawn=drawn)
-    expected = moco.nce(q, model.bank[index], model.bank[drawn], 0.2, 6, index[:, None] == drawn)
+    expected = moco.nce(q, model.bank[index], model.bank[drawn], 0.2, index[:, None] == drawn)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
