@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Programs for tests, in processes that are forked from one that has imported torch: a new one takes seconds for that."""
-import multiprocessing
+import multiprocessing.util
 import os
 import runpy
 import subprocess
@@ -22,6 +22,7 @@ class Program:
         environment = {**os.environ, **environment}                           # the server's may be older
         self.process = context.Process(target=run, args=(list(map(str, words)), folder, stdout, stderr, environment))
         self.process.start()
+        multiprocessing.util.Finalize(self, self.process.kill, exitpriority=1)          # else its end is waited for
         self.stdout, self.pid, self.kill = Path(stdout), self.process.pid, self.process.kill
 
     def poll(self):
@@ -48,7 +49,7 @@ def run(words, folder, stdout, stderr, environment):
     os.chdir(folder)
     for descriptor, path in (1, stdout), (2, stderr):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if path else 1, descriptor)
-    sys.path[:] = [str(folder), *(path for path in sys.path if path and not Path(path).is_relative_to(ROOT))]
+    sys.path[:] = [str(folder), *(path for path in sys.path if path and Path(path) not in (ROOT, ROOT / "tests"))]
     sys.argv = {"-c": ["-c", *words[2:]], "-m": words[1:]}.get(words[0], words)
     if words[0] == "-c":
         exec(words[1], {"__name__": "__main__"})
