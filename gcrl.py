@@ -198,8 +198,7 @@ class GCRL(nn.Module):
                 if r == 0 and w == 0:
                     logits = self.first_pixel.log().expand(n, -1)
                 elif top_k is not None and top_k < logits.shape[1]:
-                    least = logits.topk(top_k, dim=1).values[:, -1:]
-                    logits = logits.masked_fill(logits < least, -math.inf)
+                    logits = logits.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -math.inf)
                 tokens[:, r, w] = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
             x = self.embedding(tokens[:, r]) + position[r]                    # (n, W, C)
             for block, cache in zip(self.encoder, columns):
@@ -273,8 +272,8 @@ def arguments(argv):
     number("--crop-min", 0.08, "(0, 1]", "strong view: smallest share of the area that a crop keeps")
     number("--jitter", 0.5, "[0, inf)", "strong view: strength s of the colour distortion")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs in which the learning rate rises")
-    number("--micro-batch", None, "[1, inf)", "images that go through the network at once (default: few on a CPU, "
-        "on a GPU as many as fit into half of its free memory); does not change loss or gradients", kind=int)
+    number("--micro-batch", None, "[1, inf)", "images at once; the backward pass computes their activations again, "
+        "for the same gradients in less memory (default: few on a CPU; what fits into half of a GPU)", kind=int)
     number("--lr", 1e-3, "(0, inf)", "peak learning rate of AdamW")
     number("--weight-decay", 0.01, "[0, inf)", "on all weights except biases and norms")
     number("--tau", 0.2, "(0, inf)", "temperature of the contrastive loss")
@@ -306,10 +305,11 @@ def main(argv=None):
     room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31        # small parts idle it
     recompute = part is not None or share * image > room
     if part is None:      # CUDA attends to fewer than 2^16 rows; glibc is slow at tensors of 32 MB and more
-        most = 10**6 / (args.width * args.image_size**2) if device.type == "cpu" else 2**14 / args.image_size
+        most = 10**6 / (max(args.width, args.colours / 8) * args.image_size**2) if device.type == "cpu" else 2**14 / args.image_size
         part = math.ceil(share / math.ceil(share / max(1, int(min(most, room / image)))))     # even parts
     amp = cli.pick_amp(args.amp, device)
-    run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world, micro_batch=part)
+    run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world, micro_batch=part,
+              recompute=recompute)
     images, batches = run.data()
     x = images.train.at(images.train.random_indices(2000))                    # (2000, 3, S, S) uint8
     palette = fit_palette(x, args.colours, args.seed)

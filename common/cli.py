@@ -71,7 +71,7 @@ class RunParser(Parser):
         add("--dataset", choices=datasets, default="shapes", help="images to train on; shapes and folder need no "
             "download")
         add("--small", action="store_true", help="settings with which a real data set takes ten minutes to "
-            "three hours without a GPU: smaller images, networks and batches, fewer epochs; other flags override them")
+            "two hours without a GPU: smaller images, networks and batches, fewer epochs; other flags override them")
         add("--data-dir", type=path, default="data", metavar="DIR",
             help="folder of downloads, or of your images (DIR/train/CLASS/*, DIR/test/CLASS/*)")
         number("--image-size", 32, "[8, inf)", "side of the images in pixels")

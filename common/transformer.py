@@ -106,6 +106,7 @@ class Recompute(torch.autograd.Function):
             return function(*inputs)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(context, *gradients):
         with torch.enable_grad(), context.autocast:
             outputs = context.function(*context.inputs)

@@ -180,23 +180,30 @@ def test_one_forward_gives_what_the_parts_give():
     assert model(x1, x2, False, True)[0] is None
 
 
-@pytest.mark.parametrize("flags, device, world, micro_batch", [
-    ("--dataset cifar10", "cpu", 1, 3), ("--dataset cifar10", "cuda", 1, 16), ("--dataset cifar10", "mps", 1, 8),
-    ("--dataset cifar10 --batch-size 20", "cuda", 1, 10), ("--dataset cifar10 --batch-size 40", "cuda", 2, 10),
-    ("--dataset cifar10 --small", "cpu", 1, 32), ("--dataset cifar10 --small --batch-size 300", "cpu", 3, 34),
-    ("--dataset cifar10 --small", "cuda", 1, 128), ("--dataset cifar10 --small", "cuda", 4, 32), ("", "cpu", 1, 32),
-    ("--dataset cifar10 --micro-batch 100", "cpu", 1, 100), ("--dataset cifar10 --width 8192", "cpu", 1, 1),
-    ("--dataset cifar10 --small --width 6 --batch-size 4096", "cuda", 1, 1024)])
-def test_default_micro_batch(flags, device, world, micro_batch, monkeypatch):
+@pytest.mark.parametrize("flags, device, world, micro_batch, recompute", [
+    ("--dataset cifar10", "cpu", 1, 3, True), ("--dataset cifar10", "cuda", 1, 16, True),
+    ("--dataset cifar10", "mps", 1, 8, True), ("--dataset cifar10 --batch-size 20", "cuda", 1, 10, True),
+    ("--dataset cifar10 --batch-size 40", "cuda", 2, 10, True),
+    ("--dataset cifar10", "cuda", 16, 16, False), ("--dataset cifar10 --width 8192", "cpu", 1, 1, True),
+    ("--dataset cifar10 --small", "cpu", 1, 32, False), ("--dataset cifar10 --small", "cuda", 1, 128, False),
+    ("--dataset cifar10 --small", "cuda", 4, 32, False),
+    ("--dataset cifar10 --small --batch-size 300", "cpu", 3, 34, False),
+    ("--dataset cifar10 --small --colours 4096", "cpu", 1, 7, False), ("", "cpu", 1, 32, False),
+    ("--dataset cifar10 --micro-batch 100", "cpu", 1, 100, True),
+    ("--dataset cifar10 --small --micro-batch 64", "cpu", 1, 64, True),
+    ("--dataset cifar10 --small --width 6 --batch-size 4096", "cuda", 1, 1024, False)])
+def test_default_micro_batch(flags, device, world, micro_batch, recompute, monkeypatch):
     """As many images as take about 2 GB, or half of a GPU's free memory, here of 8 GiB, in even parts of a process's
     share; all where all do, one at least; never more rows of both views than CUDA's attention takes, 2^16 - 1; and on
-    the CPU so few that no tensor, the largest being an MLP's in float32, has 32 MiB, from which on glibc returns it to
-    the system. It is no setting of the run, which may be resumed on another device, but what was typed is one."""
+    the CPU so few that no tensor, the largest being an MLP's or the logits in float32, has 32 MiB, from which on glibc
+    returns it to the system. It is no setting of the run, which may be resumed on another device, but what was typed is
+    one. Activations are computed again where the share would take more than that memory, or where a number was typed.
+    """
     class Seen(Exception):
         pass
 
-    def run(script, settings, *_, micro_batch, **__):
-        raise Seen(micro_batch, settings["micro_batch"])
+    def run(script, settings, *_, micro_batch, recompute, **__):
+        raise Seen(micro_batch, settings["micro_batch"], recompute)
     monkeypatch.setattr(gcrl, "Run", run)
     monkeypatch.setattr(gcrl.cli, "pick_device", lambda name: torch.device(device))
     monkeypatch.setattr(gcrl.cli, "pick_amp", lambda *_: None)
@@ -204,7 +211,18 @@ def test_default_micro_batch(flags, device, world, micro_batch, monkeypatch):
     monkeypatch.setattr(gcrl.distributed, "start", lambda device: (0, world))
     with pytest.raises(Seen) as seen:
         gcrl.main(flags.split())
-    assert seen.value.args == (micro_batch, micro_batch if "--micro-batch" in flags else None)
+    assert seen.value.args == (micro_batch, micro_batch if "--micro-batch" in flags else None, recompute)
+
+
+@pytest.mark.parametrize("flags, expected", [([], (8, False)), (["--micro-batch", 3], (3, True))])
+def test_training_takes_the_parts_it_says(flags, expected, tiny, tmp_path, monkeypatch, capsys):
+    """The batch of a tiny run is one part, unless another number is typed."""
+    seen, forward = set(), GCRL.forward
+    monkeypatch.setattr(GCRL, "forward", lambda self, *args: seen.add(args[4:]) or forward(self, *args))
+    gcrl.main([*tiny("gcrl", "--out", tmp_path / "run"), "--batch-size", 8, *flags])
+    assert seen == {expected}
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f", micro-batch {expected[0]}, " in printed and f", recompute {expected[1]} " in printed
 
 
 def test_near_colours_begin_with_near_embeddings():
@@ -325,6 +343,8 @@ def test_recompute_is_the_function_under_autocast_or_not():
                 wanted, found = (torch.autograd.grad(sum(y[i].float().square().sum() for i in outputs), (weight, other),
                                                      retain_graph=True) for y in (plain, again))
                 assert all(torch.equal(a, b) for a, b in zip(wanted, found))
+        wanted, found = (torch.autograd.grad(y[0].float().sum(), weight)[0] for y in (plain, again))
+        assert torch.equal(wanted, found)                                     # outside, as a training loop does
 
 
 def test_an_untrained_model_is_near_uniform():
