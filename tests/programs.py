@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Programs for tests, in processes that are forked from one that has imported torch: a new one takes seconds for that."""
+import atexit
 import multiprocessing.util
 import os
 import runpy
@@ -13,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 
 class Program:
     """What `python WORDS` does in a folder: a script, -m module or -c code, with arguments. It is started at once, and
-    ends like a `subprocess.Popen`. stdout, stderr: files, the latter by default the former;
-    environment: in addition to this process's."""
+    ends like a `subprocess.Popen`, except that the interpreter is not finalised. stdout, stderr: files, the latter by
+    default the former; environment: in addition to this process's."""
 
     def __init__(self, words, folder, stdout, stderr=None, **environment):
         context = multiprocessing.get_context("forkserver")
@@ -51,10 +52,14 @@ def run(words, folder, stdout, stderr, environment):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if path else 1, descriptor)
     sys.path[:] = [str(folder), *(path for path in sys.path if path and Path(path) not in (ROOT, ROOT / "tests"))]
     sys.argv = {"-c": ["-c", *words[2:]], "-m": words[1:]}.get(words[0], words)
-    if words[0] == "-c":
-        exec(words[1], {"__name__": "__main__"})
-    elif words[0] == "-m":
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(words[0]).resolve().parent)
-        runpy.run_path(words[0], run_name="__main__")
+    try:
+        if words[0] == "-c":
+            exec(words[1], {"__name__": "__main__"})
+        elif words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            script = Path(words[0]).resolve()
+            sys.path[0] = str(script.parent)
+            runpy.run_path(str(script), run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()                                               # multiprocessing leaves them out
