@@ -246,13 +246,13 @@ def arguments(argv):
     number("--tau", 0.1, "(0, inf)", "temperature of the loss (ImageNet: 0.07)")
     args = parser.parse(argv, DEFAULTS, free=("views_dir",))
     if args.schedule == "steps":
-        parser.refuse_unused(args, ("warmup",), "--schedule steps")
+        parser.refuse_unused(args, ("warmup",), "with --schedule steps")
     if args.dictionary == "end-to-end":
-        parser.refuse_unused(args, ("negatives", "bank_m"), "--dictionary end-to-end")
+        parser.refuse_unused(args, ("negatives", "bank_m"), "with --dictionary end-to-end")
     if len(args.views_dir or CHANNELS[args.views]) == 2:
-        parser.refuse_unused(args, ("graph",), "two views")
+        parser.refuse_unused(args, ("graph",), "with two views")
     if args.views_dir:
-        parser.refuse_unused(args, ("views", "data_dir"), "--views-dir")
+        parser.refuse_unused(args, ("views", "data_dir"), "with --views-dir")
         if args.dataset != "folder":
             raise Refusal(f"--views-dir is a data set of its own: leave out --dataset {args.dataset}")
         if len(args.views_dir) == 1:

@@ -275,7 +275,7 @@ def arguments(argv):
     number("--weight-decay", 1e-5, "[0, inf)", "on all weights")
     args = parser.parse(argv, DEFAULTS)
     if args.augmentation == "v1":
-        parser.refuse_unused(args, ("colour_drop",), "--augmentation v1")
+        parser.refuse_unused(args, ("colour_drop",), "with --augmentation v1")
     if args.patch > args.image_size:
         raise Refusal(f"--patch {args.patch} is larger than --image-size {args.image_size}: change one of them")
     rows = (args.image_size - args.patch) // args.stride + 1

@@ -344,7 +344,7 @@ def arguments(argv):
     args = parser.parse(argv, DEFAULTS)
     unused = {"multiscale": ("views", "estimator", "critic", "alpha", "beta", "gamma", "arch"),
               "local": ("depth", "tasks", "alpha"), "global": ("depth", "tasks", "beta"), "both": ("depth", "tasks")}
-    parser.refuse_unused(args, unused[args.objective], f"--objective {args.objective}")
+    parser.refuse_unused(args, unused[args.objective], f"with --objective {args.objective}")
     if args.objective == "multiscale":
         if args.image_size < 32 or args.image_size.bit_count() > 1:
             raise Refusal(f"--objective multiscale takes an --image-size of 32, 64, 128 ..., not {args.image_size}")

@@ -282,9 +282,9 @@ def arguments(argv):
     del args.sample                                                           # handled by `main`
     if args.alpha == args.beta == 0:
         raise Refusal("--alpha 0 --beta 0 leaves nothing to learn: give one of them a weight")
-    parser.refuse_unused(args, ("tau", "crop_min", "jitter") if args.beta == 0 else (), "--beta 0")
+    parser.refuse_unused(args, ("tau", "crop_min", "jitter") if args.beta == 0 else (), "with --beta 0")
     if args.width % args.heads:
-        raise Refusal(f"--heads {args.heads} does not divide --width {args.width}")
+        raise Refusal(f"--heads {args.heads} does not divide --width {args.width}: change one of them")
     return args
 
 
@@ -299,13 +299,13 @@ def main(argv=None):
         return generation.main(argv, __file__)
     args = arguments(argv)
     generate, contrast, device = args.alpha > 0, args.beta > 0, cli.pick_device(args.device)
-    rank, world = distributed.start(device)
+    (rank, world), pixels = distributed.start(device), args.image_size**2
     part, share = args.micro_batch, math.ceil(args.batch_size / world)        # images at once, and of this process
-    image = 50 * args.width * args.image_size**2 * (4 * args.encoder_layers + args.decoder_layers)      # bytes, about
+    image = 50 * args.width * pixels * (4 * args.encoder_layers + args.decoder_layers)      # bytes, about
     room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31        # small parts idle it
     recompute = part is not None or share * image > room
     if part is None:      # CUDA attends to fewer than 2^16 rows; glibc is slow at tensors of 32 MB and more
-        most = 10**6 / (max(args.width, args.colours / 8) * args.image_size**2) if device.type == "cpu" else 2**14 / args.image_size
+        most = 10**6 / pixels / max(args.width, args.colours / 8) if device.type == "cpu" else 2**14 / args.image_size
         part = math.ceil(share / math.ceil(share / max(1, int(min(most, room / image)))))     # even parts
     amp = cli.pick_amp(args.amp, device)
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world, micro_batch=part,
@@ -333,7 +333,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # else small gradients are 0 in fp16
-    rng, predicted = augment.Random(args.seed, rank, world), args.image_size**2 - 1           # tokens that L_g scores
+    rng, predicted = augment.Random(args.seed, rank, world), pixels - 1       # tokens that L_g scores
     notes = {"nats": f"a token; uniform {math.log(len(palette)):.3f}"} if generate else {}
     notes |= {"contrastive": f"chance {math.log(2 * args.batch_size - 1):.3f}"} if contrast else {}
     progress = run.progress(args.epochs, len(batches), args.batch_size, notes)

@@ -256,8 +256,8 @@ def arguments(argv):
     args = parser.parse(argv, DEFAULTS)
     unused = {"queue": ("bank_m", "contrast"), "memory-bank": ("m", "symmetric", "no_shuffle"),
               "end-to-end": ("m", "bank_m", "contrast", "negatives")}[args.dictionary]
-    parser.refuse_unused(args, unused, f"--dictionary {args.dictionary}")
-    parser.refuse_unused(args, ("no_shuffle",) if args.bn_groups == 1 else (), "--bn-groups 1")
+    parser.refuse_unused(args, unused, f"with --dictionary {args.dictionary}")
+    parser.refuse_unused(args, ("no_shuffle",) if args.bn_groups == 1 else (), "with --bn-groups 1")
     if args.batch_size % args.bn_groups or args.batch_size == args.bn_groups > 1:
         raise Refusal(f"--batch-size {args.batch_size} is not {args.bn_groups} equal parts of 2 or more (--bn-groups)")
     return args

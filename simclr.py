@@ -264,11 +264,11 @@ def arguments(argv):
     args = parser.parse(argv, DEFAULTS)
     unused = {"nt-xent": ("semi_hard", "margin"), "logistic": ("margin",), "margin": ("tau",),
               "supervised": ("semi_hard", "margin", "tau", "head", "projection_dim")}[args.loss]
-    parser.refuse_unused(args, unused, f"--loss {args.loss}")
-    parser.refuse_unused(args, ("projection_dim",) if args.head == "none" else (), "--head none")
+    parser.refuse_unused(args, unused, f"with --loss {args.loss}")
+    parser.refuse_unused(args, ("projection_dim",) if args.head == "none" else (), "with --head none")
     for name, flag in (("colour", "jitter"), ("crop", "crop_min")):
         if name not in args.augmentations and not (name == "crop" and args.one_branch):
-            parser.refuse_unused(args, (flag,), f"--augmentations without {name}")
+            parser.refuse_unused(args, (flag,), f"with --augmentations without {name}")
     return args
 
 

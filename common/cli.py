@@ -34,10 +34,10 @@ class Parser(argparse.ArgumentParser):
         (group or self).add_argument(flag, default=default, type=parse, help=help, **more)
 
     def refuse_unused(self, args, names, choice):
-        """Raises Refusal if one of the settings `names`, which `choice` ("--flag value") ignores, was changed."""
+        """Raises Refusal if one of the settings `names`, ignored because of `choice` ("with --flag"), was changed."""
         for name in names:
             if getattr(args, name) != self.get_default(name):
-                raise Refusal(f"--{name.replace('_', '-')} has no effect with {choice}: leave it out")
+                raise Refusal(f"--{name.replace('_', '-')} has no effect {choice}: leave it out")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -53,6 +53,13 @@ def path(text):
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return os.path.expanduser(text)
+
+
+def file(text):
+    """The path of an existing file on the command line."""
+    if not os.path.isfile(name := path(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file")
+    return name
 
 
 class RunParser(Parser):

@@ -96,7 +96,8 @@ class Batches:
         if batch_size % world:
             raise Refusal(f"--batch-size {batch_size} is not a multiple of the {world} processes")
         if len(images) < batch_size:
-            raise Refusal(f"--batch-size {batch_size} is larger than the data set, {len(images)} images")
+            raise Refusal(f"--batch-size {batch_size} exceeds the number of training images, {len(images)}: lower it, "
+                          f"or add images")
 
     def __len__(self):
         """The number of steps per epoch."""
@@ -183,10 +184,10 @@ def stream(source, workers, index_batches=None, pin_memory=False):
     worker processes. Raises Refusal, which names the first image that cannot be read and counts the others."""
     sampler, broken = torch.arange(len(source)).split(256) if index_batches is None else index_batches, []
     with warnings.catch_warnings(action="ignore"):                            # of more workers than cores
-        loader = DataLoader(source, batch_sampler=[index.tolist() for index in sampler], num_workers=workers,
-                            collate_fn=stack, pin_memory=pin_memory, worker_init_fn=start_worker,
-                            generator=torch.Generator())                      # not torch's own
-    for batch in loader:
+        batches = iter(DataLoader(source, batch_sampler=[index.tolist() for index in sampler], num_workers=workers,
+                                  collate_fn=stack, pin_memory=pin_memory, worker_init_fn=start_worker,
+                                  generator=torch.Generator()))               # not torch's own
+    for batch in batches:
         if isinstance(batch, list):
             broken += batch                                                   # the rest is only counted
         elif not broken:
@@ -275,6 +276,8 @@ def folder(root):
         raise Refusal(f"{root} is not a folder: --data-dir names one, where --dataset folder reads train/CLASS/* and "
                       f"test/CLASS/*, or images without classes")
     train, test = root / "train", next((root / part for part in ("test", "val") if (root / part).is_dir()), None)
+    if test and not train.is_dir():
+        raise Refusal(f"{train} is not a folder, but {test} is: add it, or name a folder without {test.name}")
     pairs = [by_class(part) if part and part.is_dir() else [] for part in (train, test)]
     if [] in pairs:
         train = train if train.is_dir() else root

@@ -33,14 +33,20 @@ class Run:
 
         The folder is settings["resume"], or a new one: settings["out"], or the next free runs/METHOD-DATASET-SEED[-2,
         -3, ...]. It is created when training starts (`with run:`), so that an earlier interruption leaves none behind.
-        Raises Refusal if settings["out"] is taken.
+        Raises Refusal if settings["out"] is taken, or no folder can be made there.
         """
         self.method, self.settings, self.device, self.rank = Path(script).stem, settings, device, rank
         self.tracked, self.history, self.encoders, self.signal, self.since = {}, [], {}, None, time.perf_counter()
         self.resumed, self.facts, self.size = bool(settings["resume"]), facts, None           # training images
         self.folder = Path(settings["resume"] or settings["out"] or
                            "runs/{}-{dataset}-{seed}".format(self.method, **settings))
-        if settings["out"] and not self.resumed and rank == 0:
+        if self.resumed or rank > 0:
+            return
+        above = next(folder for folder in self.folder.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise Refusal(f"--out {self.folder} cannot be made, as {above} is not a folder that you may write to: name "
+                          f"another")
+        if settings["out"]:
             refuse_taken(self.folder)
 
     def say(self, text):
@@ -171,7 +177,7 @@ class Run:
     def not_finite(self, what):
         """A Refusal that says what is not finite."""
         kept = f"the last good checkpoint is kept in {self.folder}" if self.saved() else "nothing was saved yet"
-        return Refusal(f"{what}: lower --lr ({kept})")
+        return Refusal(f"{what}: lower --lr, or undo another extreme setting ({kept})")
 
     def saved(self):
         return (self.folder / "checkpoint.pt").exists()
@@ -223,23 +229,30 @@ class Run:
     def __enter__(self):
         """From here on Ctrl-C and SIGTERM only set `stop_requested`; a second one ends the program at once. Raises
         Refusal if another process is training this run."""
-        if not self.resumed:
-            self.make_folder()
-        self.lock = lock(self.folder / "args.json") if self.rank == 0 else None
-        self.say(f"run folder: {self.folder}")
-        self.since = time.perf_counter()                                      # start of the first step
-
         def handler(number, frame):
             self.signal = number
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.handlers[number])
+            self.reset_signals()
             self.say("\nstopping after this step (once more: at once, without saving)")
-        self.handlers = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.handlers:                                          # before a folder is there to be left
+            signal.signal(number, handler)
+        try:
+            if not self.resumed:
+                self.make_folder()
+            self.lock = lock(self.folder / "args.json") if self.rank == 0 else None
+        except BaseException:                                                 # __exit__ will not be called
+            self.reset_signals()
+            raise
+        self.say(f"run folder: {self.folder}")
+        self.since = time.perf_counter()                                      # start of the first step
         return self
 
-    def __exit__(self, error, *_):
+    def reset_signals(self):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def __exit__(self, error, *_):
+        self.reset_signals()
         if self.lock:
             self.lock.close()                                                 # Windows removes no open file
         failed = error and issubclass(error, (Exception, KeyboardInterrupt))

@@ -139,6 +139,7 @@ def background(request, tmp_path_factory, tiny):
     process = request.module.start(folder, tiny)
     yield folder, process
     process.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -367,6 +367,13 @@ def test_folder_with_classes_but_no_train(tmp_path):
     assert "train" in sentence_without(tmp_path, data.unlabelled)             # "no class folders" would not be true
 
 
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_folder_with_a_test_part_alone(tmp_path, part):
+    """Its images are not to be trained on because of a mistyped name."""
+    labelled_folder(tmp_path, ["trian", part])
+    assert f"{tmp_path / 'train'} is not a folder, but {tmp_path / part} is: add it" in refusal(load_folder, tmp_path)
+
+
 def test_folder_with_a_test_part_without_classes(tmp_path):
     labelled_folder(tmp_path, ["train"])
     save(tmp_path / "test" / "1.png", plain())

@@ -92,8 +92,9 @@ def test_out_is_taken(either, here, tiny, finished):
     (here / "mine").mkdir()
     (here / "mine" / "thesis.tex").write_text("precious")
     (here / "file").write_text("precious")
-    for name in ("mine", "file"):
-        with pytest.raises(Refusal, match=f"--out {name} exists and is not an empty folder"):
+    for name, reason in ("mine", "exists and is not an empty folder"), ("file", "exists and is not an empty folder"), \
+            ("file/run", "cannot be made, as .*/file is not a folder that you may write to"):
+        with pytest.raises(Refusal, match=f"--out {name} {reason}"):
             either.main(tiny(either, "--out", name))
     assert (here / "mine" / "thesis.tex").read_text() == (here / "file").read_text() == "precious"
     (here / "empty").mkdir()
@@ -239,7 +240,7 @@ def test_weights_that_are_not_finite_replace_no_good_ones(here):
     run.track(model=model)
     bad = {"weight": torch.full((3, 3), math.nan), "bias": torch.zeros(3)}
     model.load_state_dict(bad)
-    with pytest.raises(Refusal, match="weights are not finite: lower --lr .nothing was saved yet"):
+    with pytest.raises(Refusal, match="weights are not finite: lower --lr, or undo another extreme setting .nothing was saved yet"):
         run.save(1, 0)
     assert not run.saved()
     model.reset_parameters()
@@ -385,9 +386,21 @@ def test_second_signal(here, number):
         signal.signal(number, before)
 
 
-def test_handlers_are_put_back(here):
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(KeyError), a_run():
+def test_signal_while_the_folder_is_made(tiny, here, monkeypatch):
+    """It is no failure, which would leave a folder without a result, but stops after the first step."""
+    make_folder = Run.make_folder
+    monkeypatch.setattr(Run, "make_folder", lambda run: make_folder(run) or os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit, match="130"):
+        simclr.main(tiny(simclr, "--out", "run"))
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 1
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_handlers_are_put_back(here, taken):
+    before, run = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], a_run()
+    if taken:                                                                 # meanwhile, by another
+        new_run()
+    with pytest.raises(Refusal if taken else KeyError), run:
         raise KeyError
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 

@@ -176,7 +176,7 @@ def test_neighbours_of_ones_own_images(run, images, capsys):
     before = contents(run)
     take(run, "--neighbours", own[1])
     assert before.items() <= contents(run).items() and (run / "nearest-2.png").exists()
-    with pytest.raises(Refusal, match="nowhere.png"):
+    with pytest.raises(Refusal, match="--neighbours: 'nowhere.png' is not a file"):
         take(run, "--neighbours", "nowhere.png")
 
 

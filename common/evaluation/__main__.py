@@ -33,19 +33,19 @@ def arguments(argv):
     add("--export", type=cli.path, metavar="FILE", help="write features, labels and file names to this .npz file, for "
         "numpy.load")
     add("--map", action="store_true", help="plot the test features in two dimensions (t-SNE), in map.png")
-    add("--neighbours", nargs="+", metavar="IMAGE", help="find the training images whose features are closest to those "
-        "of your images: nearest.png, and their names")
+    add("--neighbours", nargs="+", type=cli.file, metavar="IMAGE", help="find the training images whose features are "
+        "closest to those of your images: nearest.png, and their names")
     add("--device", default="auto", help="auto (CUDA, else MPS, else the CPU), cpu, mps, cuda or cuda:N")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision (default: that of the run)")
     number("--workers", cli.cores(), "[0, inf)", "processes that decode images")
     number("--cache-gb", 8.0, "[0, inf)", "GB of decoded images to keep on the device")
     args = parser.parse_args(sys.argv[1:] if argv is None else [str(a) for a in argv])
     if args.export or args.map or args.neighbours:
-        parser.refuse_unused(args, ("labels", "finetune", "ood", "blocks"), "--export, --map and --neighbours")
+        parser.refuse_unused(args, ("labels", "finetune", "ood", "blocks"), "with --export, --map and --neighbours")
     if not args.finetune:
-        parser.refuse_unused(args, ("frozen_stages", "epochs"), "a run without --finetune")
+        parser.refuse_unused(args, ("frozen_stages", "epochs"), "without --finetune")
     if not args.labels:
-        parser.refuse_unused(args, ("draws",), "a run without --labels")
+        parser.refuse_unused(args, ("draws",), "without --labels")
     return args
 
 

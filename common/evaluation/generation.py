@@ -22,7 +22,7 @@ def arguments(argv, script):
         "frequency in the training images (default: all tokens)", metavar="K", kind=int)
     number("--samples", None, "[1, inf)", "number of images; the picture shows 500 at most (default: 64, with "
         "--frechet 500)", kind=int)
-    add("--complete", nargs="+", metavar="IMAGE", default=[],
+    add("--complete", nargs="+", type=cli.file, metavar="IMAGE", default=[],
         help="complete your images: keep the upper half and sample the lower half, six times each")
     add("--frechet", metavar="RUN", help="Frechet distance between samples and as many test images, in the "
         "features of this run (of any script), compared with that between two such sets of test images")
