@@ -2,7 +2,7 @@
 """Mutates the files of tiny real runs and kills such runs at random moments: no traceback, no hang, nothing lost.
 
     python tests/fuzz.py                        # 400 mutations, through resume, evaluation and sampling
-    python tests/fuzz.py --kill                 # 30 times kill -9 for each of two scripts, and resume
+    python tests/fuzz.py --kill                 # 30 times kill -9 or Ctrl-C for each of two scripts, and resume
     python tests/fuzz.py --kill --cases 30 --scripts simclr moco cmc cpc dim gcrl
 """
 import argparse
@@ -182,8 +182,9 @@ def weights_of(folder):
 
 
 def kill(name, cases, folder, seed=0):
-    """Starts the script, kills it after a random time, resumes, kills ... until it has been killed `cases` times: each
-    run that comes to its end has to be the uninterrupted one's bit for bit. Returns the failures."""
+    """Starts the script, kills or interrupts it after a random time, resumes, kills ... `cases` times: each run that
+    comes to its end has to be the uninterrupted one's bit for bit, and Ctrl-C (SIGINT) leaves no traceback, and no new
+    run without a checkpoint. Returns the failures."""
     images, rng, failures, killed, ended = make_images(folder / "images"), random.Random(seed), [], 0, 0
 
     def start(out):
@@ -198,13 +199,16 @@ def kill(name, cases, folder, seed=0):
     assert start(whole).wait() == 0, (folder / "output").read_text()
     lasts, want = time.perf_counter() - begin, comparable(whole)
     while killed < cases:
-        begin, process = time.perf_counter(), start(folder / "run")
+        new, begin, process = not (folder / "run").exists(), time.perf_counter(), start(folder / "run")
         try:
-            status = process.wait(rng.uniform(0.2, 1.1) * lasts)
+            status = process.wait(rng.uniform(0.1, 1.1) * lasts)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            killed += 1
+            os.kill(process.pid, number := rng.choice((signal.SIGKILL, signal.SIGINT)))
+            status, output = process.wait(60), (folder / "output").read_text()
+            empty = new and (folder / "run").exists() and not (folder / "run" / "checkpoint.pt").exists()
+            if number == signal.SIGINT and ("in main" in output or status not in (0, 1, 130) or empty):
+                failures.append(f"{name}: after Ctrl-C, status {status}, {'an empty run, ' * empty}{output[-2000:]}")
+            killed += 1                                                       # status 1: in the midst of the imports
             continue
         if status or comparable(folder / "run") != want:
             failures.append(f"{name}: after {killed} kills {(folder / 'output').read_text()[-2000:]}")
@@ -241,7 +245,7 @@ def comparable(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kill", action="store_true", help="kill -9 in place of mutations")
+    parser.add_argument("--kill", action="store_true", help="kill -9 and Ctrl-C in place of mutations")
     parser.add_argument("--cases", type=int, help="mutations (400), or kills of each script (30)")
     parser.add_argument("--scripts", nargs="+", default=["simclr", "gcrl"], help="that are killed")
     parser.add_argument("--seed", type=int, default=0)
