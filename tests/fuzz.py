@@ -201,7 +201,7 @@ def kill(name, cases, folder, seed=0):
     while killed < cases:
         new, begin, process = not (folder / "run").exists(), time.perf_counter(), start(folder / "run")
         try:
-            status = process.wait(rng.uniform(0.1, 1.1) * lasts)
+            status = process.wait(rng.uniform(0.1, 1.1) ** 2 * lasts)
         except subprocess.TimeoutExpired:
             os.kill(process.pid, number := rng.choice((signal.SIGKILL, signal.SIGINT)))
             status, output = process.wait(60), (folder / "output").read_text()
