@@ -198,9 +198,11 @@ def stream(source, workers, index_batches=None, pin_memory=False):
 
 
 def start_worker(_):
-    """Leaves Ctrl-C to the main process, which still needs the worker for the step that it finishes and saves. And ends
-    the worker if it cannot send a batch (/dev/shm is full), for which the main process would wait for ever."""
+    """Leaves Ctrl-C and a first SIGTERM, which may be sent to all processes (Slurm, `timeout`), to the main process: it
+    still needs the worker for the step that it finishes and saves. And ends the worker if it cannot send a batch
+    (/dev/shm is full), for which the main process would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
 
 

@@ -489,22 +489,23 @@ from common.data import Decoder, stream
 if __name__ == "__main__":
     multiprocessing.set_start_method("forkserver")                            # Linux's from Python 3.14 on
     multiprocessing.set_forkserver_preload(["common.data"])                   # faster
-    signal.signal(signal.SIGINT, lambda *_: print("asked to stop"))
+    signal.signal(signal.{signal}, lambda *_: print("asked to stop"))
     batches = stream(Decoder({files!r}), 2, torch.arange(20).split(1))
     first = [next(batches), next(batches)]                                    # one of each worker
-    os.killpg(0, signal.SIGINT)
+    os.killpg(0, signal.{signal})
     print(len(first + list(batches)))
 """
 
 
-def test_workers_leave_ctrl_c_to_the_main_process(tmp_path):
-    """A terminal's Ctrl-C goes to every process of the group. The images of the step that is finished and saved still
-    arrive, although workers started in this way do not inherit the main process's handler."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_workers_leave_signals_to_the_main_process(tmp_path, name):
+    """A terminal's Ctrl-C goes to every process of the group, and so may SIGTERM. The images of the step that is
+    finished and saved still arrive, although workers started in this way do not inherit the main process's handler."""
     pixels = [np.full((8, 8, 3), i, np.uint8) for i in range(20)]
     files = [str(tmp_path / f"{i}.png") for i in range(20)]
     for path, x in zip(files, pixels):
         Image.fromarray(x).save(path)
-    program = INTERRUPTED.format(root=str(Path(__file__).parent.parent), files=files)
+    program = INTERRUPTED.format(root=str(Path(__file__).parent.parent), files=files, signal=name)
     (tmp_path / "program.py").write_text(program)
     run = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=60,
                          start_new_session=True)
