@@ -68,7 +68,7 @@ def rgb_to_ycbcr(x):
 
 
 def split(x, views):
-    """RGB (N, 3, H, W) in [0, 1] to its views, each (N, channels, H, W), scaled to about [-1, 1]. views: a key of
+    """RGB (N, 3, H, W) in [0, 1] to its views, each (N, channels, H, W), scaled to about [-2, 2]. views: a key of
     CHANNELS, or "folders", where x holds three channels for each folder."""
     if views == "lab":
         lab = rgb_to_lab(x)
@@ -91,7 +91,7 @@ def view(x, rng, size, crop_min, jitter, aspect=None):
 
 
 def as_colours(x):
-    """A view (N, 1 to 3, H, W) in [-1, 1] as RGB, to look at: one channel is grey, two are red and green."""
+    """A view (N, 1 to 3, H, W) as RGB, to look at, clipped to [-1, 1]: one channel is grey, two are red and green."""
     rgb = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else F.pad(x, (0, 0, 0, 0, 0, 3 - x.shape[1]))
     return (rgb / 2 + 0.5).clamp(0, 1)
 
@@ -121,18 +121,19 @@ class Encoder(nn.Module):
 
 def build_encoder(args):
     """The untrained encoder: RGB (N, 3, S, S) in [0, 1] to features (N, D). args: the settings of a run."""
-    views, folders = ("folders", len(args.views_dir)) if args.views_dir else (args.views, 0)
-    return Encoder(views, args.arch, args.stem, args.width, folders)
+    if args.views_dir:
+        return Encoder("folders", args.arch, args.stem, args.width, len(args.views_dir))
+    return Encoder(args.views, args.arch, args.stem, args.width)
 
 
 class CMC(nn.Module):
     """Encoders, projections and, as a buffer, the memory banks (end-to-end: empty ones)."""
 
-    def __init__(self, encoder, images, dim=128):
+    def __init__(self, encoder, entries, dim=128):
         super().__init__()
         self.encoder, count = encoder, len(encoder.nets)
         self.heads = nn.ModuleList(nn.Linear(net.feature_dim, dim) for net in encoder.nets)
-        self.register_buffer("bank", F.normalize(torch.randn(count, images, dim), dim=2))     # (V, n, C)
+        self.register_buffer("bank", F.normalize(torch.randn(count, entries, dim), dim=2))     # (V, n, C)
 
     def forward(self, x):
         """The features h (N, feature_dim) and the normalised projections z (N, V, C)."""
@@ -151,10 +152,10 @@ class CMC(nn.Module):
 
     def loss(self, z, index, drawn, pairs, contrast, tau):
         """The sum over pairs (i, j) of an anchor and a contrasted view. z, index, drawn: as in `candidates`."""
-        total = 0.0
+        criterion, total = {"nce": nce, "softmax": softmax_contrast}[contrast], 0.0
         for i, j in pairs:
             keys, negatives, own = self.candidates(z, j, index, drawn)
-            total = total + (nce if contrast == "nce" else softmax_contrast)(z[:, i], keys, negatives, tau, own)
+            total = total + criterion(z[:, i], keys, negatives, tau, own)
         return total
 
     @torch.no_grad()
@@ -286,7 +287,7 @@ def main(argv=None):
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
     images, batches = run.data(args.views_dir, store_size=args.store_size or 2 * args.image_size)
     entries = len(images.train) if args.dictionary == "memory-bank" else 0    # of each view's bank
-    m = (args.negatives or entries) if entries else args.batch_size - 1
+    m = (args.negatives or entries - 1) if entries else args.batch_size - 1   # negatives; 0: all but the image's own
     whole_bank = torch.arange(entries, device=device)
 
     torch.manual_seed(args.seed)
@@ -294,8 +295,8 @@ def main(argv=None):
     pairs = pairs_of(args.graph, len(model.encoder.nets))
     net = run.wrap(model)
     peak_lr = args.lr * args.batch_size / 256
-    schedule = step_decay if args.schedule == "steps" else functools.partial(cosine, warmup=args.warmup)
     optimizer = torch.optim.SGD(model.parameters(), peak_lr, momentum=0.9, weight_decay=args.weight_decay)
+    schedule = step_decay if args.schedule == "steps" else functools.partial(cosine, warmup=args.warmup)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # else small gradients are 0 in fp16
     rng = augment.Random(args.seed, rank, world)

@@ -53,22 +53,22 @@ def view(x, rng, size, crop_min, augmentation, colour_drop, patch, stride, aspec
     (paper: crops of 60 in 64 pixels); "v2" flips, shears, bends and recolours each patch on its own, and drops two
     of its channels with probability colour_drop. aspect: (N,), width / height of photographs resized to these squares.
     """
-    side = (size - patch) // stride + 1
-    n, patches = len(x), len(x) * side * side
+    rows = (size - patch) // stride + 1                                       # G
+    n, count = len(x), len(x) * rows * rows                                   # images, patches
     steps = augment.random_resized_crop(rng, x.shape, size, (crop_min, 1.0), aspect)
     steps += augment.random_horizontal_flip(rng, n)
     steps += [(lambda x: cut(x, patch, stride).flatten(0, 2),)]               # (N G G, 3, patch, patch)
     if augmentation == "v1":
-        steps += augment.random_shift(rng, patches, reach=min(patch - 1, max(1, patch // 32)))
+        steps += augment.random_shift(rng, count, reach=min(patch - 1, max(1, patch // 32)))
     else:
-        steps += augment.random_horizontal_flip(rng, patches)
-        steps += random_warp(rng, patches)
+        steps += augment.random_horizontal_flip(rng, count)
+        steps += random_warp(rng, count)
         for change in TONES:
-            steps += augment.where(rng.uniform(patches) < 0.1, change)
-        steps += augment.random_color_jitter(rng, patches, 0.4, 0.4, 0.4, 0.1, p=0.8)
-        steps += augment.random_grayscale(rng, patches, p=0.2)
-        steps += augment.where(rng.uniform(patches) < colour_drop, drop_colours, (3 * rng.uniform(patches)).floor())
-    return augment.apply(x, steps).unflatten(0, (n, side, side))
+            steps += augment.where(rng.uniform(count) < 0.1, change)
+        steps += augment.random_color_jitter(rng, count, 0.4, 0.4, 0.4, 0.1, p=0.8)
+        steps += augment.random_grayscale(rng, count, p=0.2)
+        steps += augment.where(rng.uniform(count) < colour_drop, drop_colours, (3 * rng.uniform(count)).floor())
+    return augment.apply(x, steps).unflatten(0, (n, rows, rows))
 
 
 def random_warp(rng, n, p=0.2, most=0.3):
@@ -86,7 +86,7 @@ def warp(x, shear, bend):
     affine[:, 0, 1], affine[:, 1, 0] = shear[:, 0], shear[:, 1]
     shifts = F.interpolate(bend, x.shape[2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
     grid = F.affine_grid(affine, x.shape, align_corners=False) + shifts       # (N, S, S, 2); the patch is [-1, 1]
-    return F.grid_sample(x, grid.clamp(-edge, edge), align_corners=False)
+    return F.grid_sample(x, grid.clamp(-edge, edge), align_corners=False)     # padding_mode="border", for MPS, too
 
 
 def drop_colours(x, kept):
@@ -119,7 +119,7 @@ class Encoder(nn.Module):
 
     def grid(self, patches):
         """(N, G, G, 3, patch, patch) to z (N, feature_dim, G, G)."""
-        x = 2 * patches.flatten(0, 2) - 1                                     # else a black patch is 0 to layer norm
+        x = 2 * patches.flatten(0, 2) - 1                                     # as 0, black would stay 0 in layer norm
         z = self.net(x.contiguous(memory_format=torch.channels_last))
         return z.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
 
@@ -265,7 +265,7 @@ def arguments(argv):
     add("--augmentation", choices=("v1", "v2"), default="v2",
         help="of each patch on its own; v1: small shifts; v2: flips, warps, colours, dropped channels")
     number("--colour-drop", 0.2, "[0, 1]", "probability that a patch keeps only one channel, with --augmentation v2 "
-        "(paper: 1)")
+        "(v2: 1)")
     number("--crop-min", 0.5, "(0, 1]", "smallest share of the image's area that a crop keeps")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
     number("--width", 64, "[1, inf)", "channels of the encoder's first stage")
@@ -279,10 +279,10 @@ def arguments(argv):
     if args.patch > args.image_size:
         raise Refusal(f"--patch {args.patch} is larger than --image-size {args.image_size}: change one of them")
     rows = (args.image_size - args.patch) // args.stride + 1
-    first = steps_ahead(args.patch, args.stride, 0, args.first).start
-    if not first <= args.steps < rows:
-        raise Refusal(f"--steps {args.steps} is not between {first}, the first row that is predicted, and {rows - 1}, "
-                      f"the end of a grid of {rows} rows: change it, --first, --patch or --stride")
+    ahead = steps_ahead(args.patch, args.stride, args.steps, args.first)
+    if not ahead.start <= args.steps < rows:
+        raise Refusal(f"--steps {args.steps} is not between {ahead.start}, the first row that is predicted, and "
+                      f"{rows - 1}, the end of a grid of {rows} rows: change it, --first, --patch or --stride")
     return args
 
 

@@ -49,7 +49,7 @@ def mutual_information(scores, positives, estimator):
     least one in each row, and false for pairs from two images (Q), equally many in each row.
     estimator: "infonce" is a lower bound in nats if the pairs of Q are independent (the places of one image are not);
     log(1 + negatives in a row) is added to it, its upper limit. "dv" may exceed the truth, as the log of a batch's mean
-    is too small on average. "jsd" is at most 2 JS(P, Q) - log 4, within [-log 4, 0]. T = 0 gives 0, 0 and -log 4.
+    is too small on average. "jsd" is at most 2 JS(P, Q) - log 4, within [-log 4, 0]. T = 0 gives 0, with "jsd" -log 4.
     """
     scores = scores.float()
     def mean(x, mask):                                                        # x[mask] would synchronise the GPU
@@ -74,7 +74,7 @@ def inner_products(a, b):
 
 
 class Encoder(nn.Module):
-    """(N, 3, S, S) to fc (N, 16 width); `layers` also gives the local map (N, C, M, M), conv (N, ...) and Y (N, dim).
+    """(N, 3, S, S) to fc (N, 16 width); `layers` also gives the local map (N, C, M, M), conv (N, conv_dim), Y (N, dim).
 
     arch "conv" is the paper's encoder for 32 pixels (width 64), with a layer more at 64 so that M = 8; conv is the map
     of the next layer, flattened. In ResNets (stem "imagenet" above 64 pixels) the map is layer3's, conv layer4's mean.
@@ -122,7 +122,7 @@ class Embedding(nn.Module):
         self.hidden, self.out = nn.Linear(dim, units, bias=False), nn.Linear(units, units)
 
     def forward(self, x):
-        flat = x.flatten(0, -2)                                               # (M, dim)
+        flat = x.flatten(0, -2)                                               # (rows, dim)
         y = self.out(F.relu(self.hidden_norm(self.hidden(flat)))) + self.shortcut(flat)
         return self.norm(y).view(*x.shape[:-1], -1)
 
@@ -186,7 +186,7 @@ class DIM(nn.Module):
         return out["fc"], terms
 
     def prior_matching(self, real, fake):
-        """real: (M, dim) uniform draws, fake: sigmoid(Y). The adversary D minimises its cross-entropy (chance log 4)
+        """real: (V N, dim) uniform draws, fake: sigmoid(Y). The adversary D minimises its cross-entropy (chance log 4)
         plus half its squared gradient; the encoder minimises -gamma log D(fake) (chance gamma log 2)."""
         loss = 0.0
         for x, sign in ((real.requires_grad_(), -1.0), (fake.detach().requires_grad_(), 1.0)):
@@ -282,9 +282,9 @@ class AMDIM(nn.Module):
 
 
 def random_views(x, rng, size, count, aspect=None):
-    """x uint8 (N, 3, S, S) to (count N, 3, S, S) in [0, 1]. A single view is the image itself. Two share their flip and
-    follow AMDIM's CIFAR recipe (appendix), but with crops instead of shifts from 64 pixels up, less hue from 128 up.
-    aspect: (N,), width / height of the photographs before they were resized to squares."""
+    """x uint8 (N, 3, H, W) to (count N, 3, size, size) in [0, 1], H = W = size unless cropped. A single view is the
+    image itself. Two share their flip and follow AMDIM's CIFAR recipe (appendix), but with crops instead of shifts from
+    64 pixels up, less hue from 128 up. aspect: (N,), width / height of photographs that were resized to squares."""
     if count == 1:
         return x.float() / 255
     n, views, flip = len(x), [], augment.random_horizontal_flip(rng, len(x))
@@ -374,8 +374,8 @@ def main(argv=None):
         model, betas, notes = AMDIM(encoder, args.tasks), (0.8, 0.999), {"loss": "chance 0.000", "penalty": ""}
         draw = lambda n: (25 * rng.uniform(n)).long()                         # which place of the 5 x 5 predicts
     else:
-        betas, model = (0.9, 0.999), DIM(encoder, args.views, args.alpha, args.beta, args.gamma, args.estimator,
-                                         args.critic, args.units)
+        model = DIM(encoder, args.views, args.alpha, args.beta, args.gamma, args.estimator, args.critic, args.units)
+        betas = (0.9, 0.999)
         draw = lambda n: rng.uniform(n, 64)                                   # the adversary's real examples
         level = math.log(4) if args.estimator == "jsd" else 0.0
         losses = [("global", args.alpha, args.alpha * level), ("local", args.beta, args.beta * level),

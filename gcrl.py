@@ -17,8 +17,8 @@ and x2 a strongly augmented view, and z1 and z2 are their normalised projections
 Differences from the paper: --alpha weights L_g / (D - 1), the mean over the predicted tokens, so --alpha D-1 gives the
 equation above. Network, tau, weak view, optimiser, schedule and 32 x 32 tokens are our choices.
 
-Measured, linear / kNN: `shapes`, three seeds, 42.9 / 21.1 (untrained 22.6 / 11.5); CIFAR-10 (JPEG), --small (36.6 /
-31.2), 51.9 / 47.3, 1.852 nats a token; alpha 8 53.3 / 47.2, 1.820; alpha 0 50.5 / 45.8; beta 0 50.3 / 40.0, 1.797.
+Measured, linear / kNN: `shapes`, three seeds, 42.9 / 21.1 (untrained 22.6 / 11.5); CIFAR-10 (JPEG), --small, 51.9 /
+47.3 (36.6 / 31.2), 1.852 nats a token; alpha 8 53.3 / 47.2, 1.820; alpha 0 50.5 / 45.8; beta 0 50.3 / 40.0, 1.797.
 """
 import math
 import sys
@@ -30,14 +30,14 @@ from torch import nn
 from common import Refusal, augment, cli, distributed
 from common.linear_probe import counted
 from common.run import Run, cosine
-from common.transformer import Block, Recompute, init_weights
+from common.transformer import Block, Recompute, init_weights, split_batch
 
 # ---- tokens: pixels as indices of a palette of colours (iGPT, Chen et al. 2020)
 
 
 def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=40):
     """The palette (V, 3), floats in [0, 1], by k-means (Lloyd's algorithm from a k-means++ start) on random pixels of
-    images (N, 3, H, W), uint8 or floats in [0, 1]. V is num_colours, or less if the pixels have fewer colours."""
+    images (N, 3, H, W), uint8 or floats in [0, 1]. V is num_colours, or as many as the pixels have."""
     generator = torch.Generator().manual_seed(seed)
     x = (images / 255 if images.dtype == torch.uint8 else images).permute(0, 2, 3, 1).reshape(-1, 3)
     x = x[torch.randperm(len(x), generator=generator)[:pixels]]
@@ -60,8 +60,8 @@ def quantise(x, palette):
     """Images (N, 3, H, W), uint8 or floats in [0, 1], to tokens (N, H, W), the nearest colours of a palette (V, 3)."""
     pixels = (x / 255 if x.dtype == torch.uint8 else x).permute(0, 2, 3, 1)   # (N, H, W, 3)
     half = palette.square().sum(dim=1) / 2                                    # |x - p|^2 / 2 = half - x.p + ...
-    part = 2 ** (21 if x.device.type == "cpu" else 27) // len(palette)        # pixels at once. argmin takes longer
-    with torch.autocast(x.device.type, enabled=False):                        # bf16 would pick other colours
+    part = 2 ** (21 if x.device.type == "cpu" else 27) // len(palette)        # pixels at once, to save memory
+    with torch.autocast(x.device.type, enabled=False):                        # not bf16; argmin is slower than min
         tokens = [torch.addmm(half, p, palette.T, alpha=-1).min(1).indices for p in pixels.reshape(-1, 3).split(part)]
     return torch.cat(tokens).view(pixels.shape[:3])
 
@@ -157,13 +157,14 @@ class GCRL(nn.Module):
     def forward(self, x1, x2, generate, contrast, micro_batch=None, recompute=False):
         """What a training step needs: log p(x1) (N,) or None, z1 and z2 (N, z_dim) or None, and the features.
 
-        micro_batch: images at once (None: all). recompute: of several parts, compute the activations again in the
-        backward pass, for the memory of one; NT-Xent compares all N (gradient caching, Gao et al. 2021, 2101.06983).
+        micro_batch: images at once, a part (None: all). recompute: compute a part's activations again in the backward
+        pass, for the memory of one; NT-Xent compares all N (gradient caching, Gao et al. 2021, 2101.06983).
         """
         n, learnt = micro_batch or len(x1), [p for p in self.parameters() if p.requires_grad]
-        parts = zip(x1.split(n), (x2 if contrast else x1).split(n))
-        outputs = [Recompute.apply(self.outputs, (*part, generate, contrast), *learnt) if recompute and n < len(x1) else
-                   self.outputs(*part, generate, contrast) for part in parts]
+        outputs = []
+        for part in zip(x1.split(n), (x2 if contrast else x1).split(n)):
+            inputs = (*part, generate, contrast)
+            outputs.append(Recompute.apply(self.outputs, inputs, *learnt) if recompute else self.outputs(*inputs))
         return tuple(None if values[0] is None else torch.cat(values) for values in zip(*outputs))
 
     def outputs(self, x1, x2, generate, contrast):
@@ -178,7 +179,7 @@ class GCRL(nn.Module):
     def sample(self, n, temperature=1.0, top_k=None, given=None, rows=0, generator=None):
         """Samples n token grids (n, H, W), pixel by pixel.
 
-        But for the first pixel, temperature > 0 divides the logits and only the top_k likeliest colours are drawn.
+        Except for the first pixel, temperature > 0 divides the logits, and only the top_k likeliest colours are drawn.
         given: (n, H, W) tokens, whose first `rows` rows are kept. generator: on the model's device. Keys and values are
         cached, so that a pixel takes one position of the decoder, and a row one row of the encoder.
         """
@@ -243,8 +244,8 @@ def build_generator(args):
 
 
 def nt_xent(z1, z2, tau):
-    """L_c of the projections z1, z2 (N, D) of the two views, normalised here: a scalar. Chance level: log(2N - 1)."""
-    n, z = len(z1), F.normalize(torch.cat([z1, z2]).float(), dim=1)           # (2N, D)
+    """L_c of the projections z1, z2 (N, z_dim) of two views, normalised here: a scalar. Chance level: log(2N - 1)."""
+    n, z = len(z1), F.normalize(torch.cat([z1, z2]).float(), dim=1)           # (2N, z_dim)
     logits = (z @ z.T / tau).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -math.inf)      # j != i
     return F.cross_entropy(logits, torch.arange(2 * n, device=z.device).roll(n))
 
@@ -254,6 +255,7 @@ def nt_xent(z1, z2, tau):
 DEFAULTS = [  # of runs with these settings, where they differ from the flags' defaults below
     (dict(dataset="shapes"), dict(image_size=12, colours=8, width=64, encoder_layers=1, decoder_layers=1, heads=4,
                                   crop_min=0.6, jitter=0.3, epochs=14, batch_size=32, lr=2.5e-3)),
+    (dict(dataset="fashionmnist"), dict(image_size=28)),
     (dict(small=True), dict(image_size=16, colours=64, width=96, encoder_layers=2, decoder_layers=2, heads=6,
                             crop_min=0.3, epochs=5, batch_size=128, lr=2e-3)),
 ]
@@ -299,15 +301,12 @@ def main(argv=None):
         return generation.main(argv, __file__)
     args = arguments(argv)
     generate, contrast, device = args.alpha > 0, args.beta > 0, cli.pick_device(args.device)
-    (rank, world), pixels = distributed.start(device), args.image_size**2
-    part, share = args.micro_batch, math.ceil(args.batch_size / world)        # images at once, and of this process
-    image = 50 * args.width * pixels * (4 * args.encoder_layers + args.decoder_layers)      # bytes, about
-    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31        # small parts idle it
-    recompute = part is not None or share * image > room
-    if part is None:      # CUDA attends to fewer than 2^16 rows; glibc is slow at tensors of 32 MB and more
-        most = 10**6 / pixels / max(args.width, args.colours / 8) if device.type == "cpu" else 2**14 / args.image_size
-        part = math.ceil(share / math.ceil(share / max(1, int(min(most, room / image)))))     # even parts
     amp = cli.pick_amp(args.amp, device)
+    rank, world = distributed.start(device)
+    pixels, share = args.image_size**2, math.ceil(args.batch_size / world)    # share: the images of this process
+    image_bytes = 50 * args.width * pixels * (4 * args.encoder_layers + args.decoder_layers)  # activations, about
+    part, recompute = split_batch(args.micro_batch, share, image_bytes, pixels * max(8 * args.width, args.colours),
+                                  args.image_size, device)
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world, micro_batch=part,
               recompute=recompute)
     images, batches = run.data()
@@ -373,8 +372,9 @@ def main(argv=None):
     if generate and rank == 0:
         with torch.no_grad(), autocast:
             parts = torch.arange(len(held)).split(64)
-            nats = -torch.cat([model.log_prob(model.tokens(x)) for x in counted(
-                held.batches(parts), len(parts), "batches of 64 likelihoods")]).mean().item() / predicted
+            batches = counted(held.batches(parts), len(parts), "batches of 64 likelihoods")
+            log_p = torch.cat([model.log_prob(model.tokens(x)) for x in batches])
+        nats = -log_p.mean().item() / predicted
         result |= {"nats": nats, "bits": nats / math.log(2)}
         run.say(f"\n{'test' if images.test else 'training'} images: {nats:.3f} nats, {result['bits']:.3f} bits per "
                 f"predicted token, not per dimension of RGB (uniform {math.log(len(palette)):.3f} nats)")

@@ -21,8 +21,8 @@ The representation that is kept and evaluated is f_q without its head.
 Differences from the papers: --bn-groups and shuffling also work on one device; --symmetric averages both directions
 (MoCo's CIFAR demo: their sum); folders take a ResNet-18 (ResNet-50); inputs are in [0, 1]. With the memory bank, and in
 brackets Wu et al.: a query's vector is no negative; negatives are drawn once a batch (for each query); views are
-flipped (on ImageNet only); it is filled by the untrained encoder (random vectors); the schedule is a cosine (--schedule
-steps); nce estimates Z on each batch (the first; on `shapes` the loss then diverges); no proximal term (paper only).
+flipped (on ImageNet only); it is filled by the untrained encoder (random vectors); the rate follows a cosine (steps);
+nce estimates Z on each batch (on the first, which diverges on `shapes`); no proximal term (in their paper, not code).
 
 Measured, linear / kNN: `shapes` over three seeds queue 64.7 / 50.0, memory bank 67.6 / 56.7 (untrained 30.9 / 15.9),
 end-to-end 73.9 / 59.4 (30.8 / 15.8, on another machine); CIFAR-10 (JPEG), `--small`, 60.9 / 59.2 (37.7 / 32.8), 62 min.
@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import Refusal, augment, cli, distributed, resnet
+from common.linear_probe import counted
 from common.run import Run, cosine
 
 # ---- augmentation (v1: section 3.3, after Wu et al.; v2: section 3, after SimCLR)
@@ -139,7 +140,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def remember(self, q, k, index=None):
-        """Updates the dictionary with the batch, after the optimiser's step. q, k: (N, C); index: as in `forward`."""
+        """Updates the dictionary after a step. q: (N, C). k: (N, C), or symmetric (2N, C). index: as in `forward`."""
         if self.dictionary == "queue":
             for theta_k, theta_q in zip(self.key.parameters(), self.query.parameters()):
                 theta_k.lerp_(theta_q, 1 - self.m)                            # m theta_k + (1 - m) theta_q
@@ -190,17 +191,16 @@ def info_nce(q, k, negatives, tau, own=None):
 def nce(q, k, negatives, tau, own):
     """Noise-contrastive estimation (Wu et al. 2018, equations 5 to 8), mean over the queries: a scalar.
 
-    A logistic regression on log p - log(m / n) tells the key from m draws out of n images. p = exp(q.k / tau) / Z, and
+    A logistic regression on log p - log(K / n) tells the key from K draws out of n images. p = exp(q.k / tau) / Z, and
     Z is n times the mean of exp(q.k_i / tau) over all queries and negatives, without gradient, so that n cancels.
-    Arguments as in `info_nce`, but of length 1. Equal keys give log(1 + m) + m log(1 + 1 / m), the chance level.
+    Arguments as in `info_nce`, all of length 1. Equal keys give log(1 + K) + K log(1 + 1 / K), the chance level.
     """
     with torch.autocast(q.device.type, enabled=False):
-        others = (q @ negatives.T / tau).masked_fill(own, -math.inf)          # (N, m)
-        drawn = (~own).sum(dim=1, keepdim=True)                               # (N, 1)
+        others, drawn = (q @ negatives.T / tau).masked_fill(own, -math.inf), (~own).sum(dim=1)          # (N, K), (N,)
         log_mean = others.detach().logsumexp(dim=(0, 1)) - drawn.sum().log()  # log(Z / n)
-        threshold = log_mean + drawn.clamp(min=1).log()                       # log(Z m / n), (N, 1)
-        positive = (q * k).sum(dim=1, keepdim=True) / tau - threshold         # (N, 1)
-        return (F.softplus(-positive) + F.softplus(others - threshold).sum(dim=1, keepdim=True)).mean()
+        threshold = log_mean + drawn.clamp(min=1).log()                       # log(Z K / n), (N,)
+        positive = (q * k).sum(dim=1) / tau - threshold                       # (N,)
+        return (F.softplus(-positive) + F.softplus(others - threshold[:, None]).sum(dim=1)).mean()
 
 
 def step_decay(step, steps):
@@ -258,7 +258,7 @@ def arguments(argv):
               "end-to-end": ("m", "bank_m", "contrast", "negatives")}[args.dictionary]
     parser.refuse_unused(args, unused, f"with --dictionary {args.dictionary}")
     parser.refuse_unused(args, ("no_shuffle",) if args.bn_groups == 1 else (), "with --bn-groups 1")
-    if args.batch_size % args.bn_groups or args.batch_size == args.bn_groups > 1:
+    if args.batch_size % args.bn_groups or args.batch_size == args.bn_groups:
         raise Refusal(f"--batch-size {args.batch_size} is not {args.bn_groups} equal parts of 2 or more (--bn-groups)")
     return args
 
@@ -277,7 +277,7 @@ def main(argv=None):
     run = Run(__file__, vars(args), device, rank, precision=amp or torch.float32, processes=world)
     images, batches = run.data(store_size=args.store_size or 2 * args.image_size)
 
-    n, bank = len(images.train), args.dictionary == "memory-bank"
+    n, has_bank = len(images.train), args.dictionary == "memory-bank"
     if args.dictionary == "queue" and args.negatives is None:                 # 4,096 for CIFAR-10, as in MoCo's demo
         args.negatives = max(1, min(65536, n // 12 // 256 * 256 or n // 12))
     if args.dictionary == "queue" and not 0 < args.negatives <= n / 4:        # or a query often meets its image
@@ -286,7 +286,7 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     query = EncoderWithHead(args.arch, args.stem, args.width, args.head, max(1, args.bn_groups // world))
-    model = MoCo(query, args.dictionary, n if bank else args.negatives, args.m, args.bank_m, contrast=args.contrast)
+    model = MoCo(query, args.dictionary, n if has_bank else args.negatives, args.m, args.bank_m, contrast=args.contrast)
     model = model.to(device, memory_format=torch.channels_last)
     net = run.wrap(model, sync_batch_norm=args.bn_groups == 1)
     peak_lr = args.lr * args.batch_size / 256
@@ -304,9 +304,9 @@ def main(argv=None):
     run.watch(autocast, {"trained": model.query.encoder})
     first_epoch, first_step = run.restore()                                   # (0, 0) unless --resume
     net.train()
-    if bank and first_epoch == first_step == 0:
+    if has_bank and first_epoch == first_step == 0:
         # From random vectors, training first learns to avoid all images seen so far, which takes long to unlearn.
-        for _, index, x in batches.epoch(0, every=True):
+        for _, index, x in counted(batches.epoch(0, every=True), -(-n // args.batch_size), "batches for the bank"):
             x = random_view(x, rng, aspect=images.train.aspect[index])
             with torch.no_grad(), autocast:
                 q = model.query(x)[1]
@@ -319,15 +319,15 @@ def main(argv=None):
                     group["lr"] = peak_lr * schedule(epoch * len(batches) + step, args.epochs * len(batches))
                 aspect = images.train.aspect[index]
                 x1 = random_view(x, rng, aspect=aspect).contiguous(memory_format=torch.channels_last)
-                x2 = None if bank else random_view(x, rng, aspect=aspect)
-                if bank:                                                      # of the whole batch of all processes
-                    index, drawn = distributed.gather(augment.send(index, device)), torch.arange(n, device=device)
-                    if args.negatives:                                        # else all vectors of the bank
-                        drawn = augment.send(torch.randint(n, (args.negatives,), generator=rng.generator), device)
-                    draws = dict(index=index, drawn=drawn)
+                x2 = None if has_bank else random_view(x, rng, aspect=aspect)
+                if has_bank:
+                    index = distributed.gather(augment.send(index, device))   # of the whole batch of all processes
+                    drawn = torch.randint(n, (args.negatives,), generator=rng.generator) if args.negatives else \
+                        torch.arange(n)                                       # all vectors of the bank
+                    draws = dict(index=index, drawn=augment.send(drawn, device))
                 else:
-                    order = torch.randperm(args.batch_size, generator=rng.generator)          # drawn even if unused
-                    order = torch.arange(args.batch_size) if args.no_shuffle else order
+                    order = torch.randperm(args.batch_size, generator=rng.generator)
+                    order = torch.arange(args.batch_size) if args.no_shuffle else order       # drawn: same views
                     draws = dict(order=augment.send(order, device))
                 with autocast:
                     loss, h, q, k = net(x1, x2, args.tau, args.symmetric, **draws)

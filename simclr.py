@@ -17,9 +17,9 @@ the views and a hidden layer as wide as h are the paper's (dkobak: 0.1, which wo
 the paper's ImageNet recipe (LARS; tau 0.1, table 5) with a ResNet-18 (paper: ResNet-50, batches of 4,096).
 
 Differences from the paper: weight decay skips biases and batch norm under SGD, too; --loss logistic and margin have
-negatives from both views (paper: one). In the authors' code the head has three layers with batch norm (--head mlp-bn),
-the last batch norm of a block starts at 0 (in 10 epochs of 10,000 images this gains a point, that head nothing), and
-the loss is twice equation 1, so that what LARS does not adapt moves faster.
+negatives from both views (paper: one). In the authors' code the head has three layers with batch norm (--head mlp-bn;
+no gain in 10 epochs of 10,000 images), the last batch norm of a block starts at 0 (a gain of one point there), and the
+loss is twice equation 1, which doubles the steps of the parameters that LARS does not adapt.
 
 Measured, linear / kNN, README has more: `shapes`, three seeds, 75.0 / 55.5 (untrained 30.9 / 15.9); --small of CIFAR-10
 (JPEG), three seeds, 64.7 / 61.1 (38.0 / 32.8), one with `--width 32 --epochs 26` 70.2 / 65.1 (41.8 / 34.5), in an hour
@@ -42,15 +42,15 @@ STUDIED = ("cutout", "rotation", "noise", "sobel")  # also in figure 5 of the pa
 
 
 def view(x, rng, size, crop_min, jitter, blur, aspect=None, names=RECIPE):
-    """One random view of each image: x uint8 (N, 3, H, W) to float (N, 3, size, size) in [0, 1].
+    """One random view of each image: x (N, 3, H, W), uint8 or floats in [0, 1], to floats (N, 3, size, size) in [0, 1].
 
     crop_min: smallest share of the area that a crop keeps. jitter: the paper's s, strength of the colour distortion.
     blur: probability of blurring. aspect: (N,), width / height of the photographs before they were resized to squares.
     names: the operations, from RECIPE and STUDIED; without "crop" the whole image is resized.
     """
     n, s = len(x), jitter
-    crop = ((crop_min, 1.0), aspect) if "crop" in names else ((1.0, 1.0), None, (1.0, 1.0))   # scale, aspect, ratio
-    steps = augment.random_resized_crop(rng, x.shape, size, *crop)
+    crop = dict(scale=(crop_min, 1.0), aspect=aspect) if "crop" in names else dict(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    steps = augment.random_resized_crop(rng, x.shape, size, **crop)
     if "flip" in names:
         steps += augment.random_horizontal_flip(rng, n)
     if "colour" in names:
@@ -83,8 +83,8 @@ def rotation(rng, n, size):
 
 
 def noise(rng, n, size, deviation=0.1):
-    """Adds Gaussian noise."""
-    z = torch.special.ndtri(rng.uniform(n, 3, size, size).clamp(1e-6, 1 - 1e-6))              # MPS has no ndtri
+    """Adds Gaussian noise, uniform numbers through the normal quantile function, on the CPU, as MPS has none."""
+    z = torch.special.ndtri(rng.uniform(n, 3, size, size).clamp(1e-6, 1 - 1e-6))
     return [(lambda x, z: (x + deviation * z).clamp(0, 1), z)]
 
 
@@ -121,8 +121,8 @@ class SimCLR(nn.Module):
         elif head == "mlp-bn":
             layers = [[nn.Linear(dim, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
                       for out in (dim, dim, projection_dim)]
-            self.head = nn.Sequential(*sum(layers, [])[:-1])                  # at the end no ReLU and, as there,
-            self.head[-1].bias.requires_grad_(False)                          # no shift
+            self.head = nn.Sequential(*sum(layers, [])[:-1])                  # no ReLU at the end and,
+            self.head[-1].bias.requires_grad_(False)                          # as in their code, no shift either
 
     def forward(self, x):
         h = self.encoder(x)                                                   # (2N, feature_dim)
@@ -141,7 +141,7 @@ def nt_xent(z1, z2, tau):
     n = len(z1)
     z = F.normalize(torch.cat([z1, z2]).float(), dim=1)                       # (2N, D)
     logits = z @ z.T / tau                                                    # (2N, 2N)
-    logits = logits.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), float("-inf"))     # k != i
+    logits = logits.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -math.inf)  # k != i
     positive = torch.arange(2 * n, device=z.device).roll(n)                   # i + N, and back
     return F.cross_entropy(logits, positive)
 
@@ -151,9 +151,8 @@ def pair_similarities(z1, z2):
     images, (2N, 2N - 2). z1, z2: as in `nt_xent`."""
     n, z = len(z1), F.normalize(torch.cat([z1, z2]).float(), dim=1)           # (2N, D)
     cosines = z @ z.T                                                         # (2N, 2N)
-    own, other = torch.arange(n, device=z.device).repeat(2)[:, None], torch.arange(2 * n - 2, device=z.device)
-    other = other + (other >= own)                                            # (2N, 2N - 2), past i and past i + N
-    return cosines.diagonal(n).repeat(2), cosines.gather(1, other + (other >= own + n))
+    other = ~torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)     # (2N, 2N), true between two images
+    return cosines.diagonal(n).repeat(2), cosines[other].view(2 * n, 2 * n - 2)
 
 
 def semi_hard(positive, negatives, margin):
@@ -249,7 +248,7 @@ def arguments(argv):
     number("--blur", 0.0, "[0, 1]", "probability of blurring a view (ImageNet: 0.5)")
     number("--warmup", 0.0, "[0, 1]", "share of the epochs in which the learning rate rises")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="lars is the paper's")
-    number("--lr", 0.06, "(0, inf)", "peak learning rate for 256 images, scaled with the batch (1,000 epochs: 0.03)")
+    number("--lr", 0.06, "(0, inf)", "peak learning rate for 256 images; scaled by batch size / 256")
     number("--weight-decay", 5e-4, "[0, inf)", "on all weights except biases and batch norm")
     # A non-linear head gains 3 points over a linear one and 10 over none, and h is better than z (figure 8, table 3).
     add("--head", choices=("mlp", "mlp-bn", "linear", "none"), default="mlp", help="projection head g; mlp-bn: three "
@@ -258,7 +257,7 @@ def arguments(argv):
     add("--loss", choices=("nt-xent", "logistic", "margin", "supervised"), default="nt-xent", help="a loss of "
         "table 2, or supervised: cross-entropy on all training labels, the reference in figure 7")
     add("--semi-hard", action="store_true", help="for logistic and margin: use only the closest negative that "
-        "is farther away than the positive")
+        "is farther away than the positive, for margin by less than --margin")
     number("--margin", 0.4, "(0, 2]", "margin of --loss margin")
     number("--tau", 0.5, "(0, inf)", "temperature of the loss")
     args = parser.parse(argv, DEFAULTS)
@@ -266,9 +265,10 @@ def arguments(argv):
               "supervised": ("semi_hard", "margin", "tau", "head", "projection_dim")}[args.loss]
     parser.refuse_unused(args, unused, f"with --loss {args.loss}")
     parser.refuse_unused(args, ("projection_dim",) if args.head == "none" else (), "with --head none")
-    for name, flag in (("colour", "jitter"), ("crop", "crop_min")):
-        if name not in args.augmentations and not (name == "crop" and args.one_branch):
-            parser.refuse_unused(args, (flag,), f"with --augmentations without {name}")
+    if "colour" not in args.augmentations:
+        parser.refuse_unused(args, ("jitter",), "with --augmentations without colour")
+    if "crop" not in args.augmentations and not args.one_branch:
+        parser.refuse_unused(args, ("crop_min",), "with --augmentations without crop")
     return args
 
 
@@ -328,10 +328,10 @@ def main(argv=None):
                 with autocast:
                     h, z = net(views.contiguous(memory_format=torch.channels_last))       # of 2N views
                 z1, z2 = z.float().chunk(2)                                   # (N, projection_dim) each
-                # Every process computes the loss of the whole batch, with the negatives of all.
                 y = None
                 if args.loss == "supervised":
                     y = distributed.gather(images.train.labels[augment.send(index, device)])
+                # Every process computes the loss of the whole batch, with the negatives of all.
                 loss = criterion(distributed.gather(z1), distributed.gather(z2), y)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()

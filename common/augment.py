@@ -204,7 +204,7 @@ def adjust_hue(x, turns):
     least = torch.minimum(torch.minimum(r, g), b)
     chroma = value - least
     hue = (g + b).sub_(r).sub_(value).div_(chroma.clamp(min=1e-9))            # grey pixels have chroma 0, any hue
-    turns = turns - turns.round()                                             # of --jitter above 2.5, say
+    turns = turns - turns.round()                                             # a hue of more than half a turn
     hue = hue.add_(2).copysign_(g - b).add_(6 * turns[:, None, None])         # in [-6, 6]
     angle = torch.stack([hue, hue - 2, hue + 2], dim=1).abs_()                # from red, green and blue
     angle = angle.sub_(3).abs_().sub_(3).abs_()                               # the shorter way round, in [0, 3]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Evaluation of frozen features by a linear probe and a kNN classifier, next to two baselines."""
+"""Evaluation of frozen features: linear probe, MLP and kNN next to two baselines, and measures without labels."""
 import contextlib
 import itertools
 import time

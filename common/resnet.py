@@ -44,16 +44,18 @@ class ResNet(nn.Module):
             raise ValueError(f"stem is 'cifar' or 'imagenet', not {stem!r}")
         kernel = dict(kernel_size=7, stride=2, padding=3) if stem == "imagenet" else dict(kernel_size=3, padding=1)
         self.conv1 = nn.Conv2d(in_channels, width, **kernel, bias=False)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         self.bn1 = norm_layer(width)
         self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         channels = width
         for stage, depth in enumerate(layers):
             blocks = []
             for i in range(depth):
-                stride, out = 2 if stage > 0 and i == 0 else 1, width * 2**stage * block.expansion
-                shortcut = None if stride == 1 and channels == out else \
-                    nn.Sequential(conv1x1(channels, out, stride), norm_layer(out))
+                stride = 2 if stage > 0 and i == 0 else 1
+                out = width * 2**stage * block.expansion
+                shortcut = None
+                if stride != 1 or channels != out:
+                    shortcut = nn.Sequential(conv1x1(channels, out, stride), norm_layer(out))
                 blocks.append(block(channels, width * 2**stage, stride, shortcut, norm_layer=norm_layer))
                 channels = out
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))

@@ -4,6 +4,8 @@
 A grid x is (N, H, W, C). Blocks are pre-norm. A causal block can also run one position at a time (`step`), with a
 cache of the keys and values of all previous positions.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -61,7 +63,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         y = self.norm1(x)
-        y = y if self.axis == "row" else y.transpose(1, 2)                    # (N, W, H, C)
+        y = y if self.axis == "row" else y.transpose(1, 2)                    # columns: (N, W, H, C)
         y = self.attention(y.flatten(0, 1), self.causal).unflatten(0, y.shape[:2])
         x = x + (y if self.axis == "row" else y.transpose(1, 2))
         return x + self.mlp(self.norm2(x))                                    # (N, H, W, C)
@@ -81,18 +83,34 @@ def init_weights(module, depth):
     """As in GPT-2: normal with deviation 0.02, residual branches' last layers scaled by 1 / sqrt(2 depth); biases 0."""
     for name, child in module.named_modules():
         if isinstance(child, (nn.Linear, nn.Embedding)):
-            ends_shortcut = name.endswith(("attention.out", "mlp.2"))
-            nn.init.normal_(child.weight, std=0.02 / (2 * depth) ** 0.5 if ends_shortcut else 0.02)
+            ends_branch = name.endswith(("attention.out", "mlp.2"))
+            nn.init.normal_(child.weight, std=0.02 / (2 * depth) ** 0.5 if ends_branch else 0.02)
         if isinstance(child, nn.Linear) and child.bias is not None:
             nn.init.zeros_(child.bias)
+
+
+def split_batch(part, images, image_bytes, largest, side, device):
+    """(part, recompute): how many of the images go through a network of `Block`s at once, and whether their activations
+    are computed again in the backward pass (`Recompute`).
+
+    part: that number, or None: as many as fit into half of a GPU's free memory, elsewhere into 2 GiB, in even parts.
+    image_bytes: activations of an image. largest: numbers in its largest tensor. side: rows of an image.
+    """
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31
+    recompute = part is not None or images * image_bytes > room
+    if part is None:
+        # On CPUs, glibc is slow at tensors of 32 MB and more. CUDA attends to fewer than 2^16 rows, of two views.
+        most = min((2**23 - 1) / largest if device.type == "cpu" else 2**14 / side, room / image_bytes)
+        part = math.ceil(images / math.ceil(images / max(1, int(most))))
+    return part, recompute and part < images
 
 
 class Recompute(torch.autograd.Function):
     """`Recompute.apply(function, inputs, *parameters)` is function(*inputs), a tuple of tensors and of None, computed
     once more in the backward pass, in which only the parameters get gradients.
 
-    torch.utils.checkpoint keeps the graph of the first pass, without its activations. On the CPU the graph's many small
-    objects lie between the freed activations, into whose places the next ones do not fit: memory grows at each call.
+    torch.utils.checkpoint keeps the graph of the first pass. On the CPU its many small objects stay between the freed
+    activations, into whose places the next ones do not fit: memory grows at each call.
     """
 
     @staticmethod

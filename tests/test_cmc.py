@@ -332,3 +332,11 @@ def test_the_rate_falls_in_steps(tiny, here):
     cmc.main(tiny("cmc", "--schedule", "steps", "--epochs", 6, "--knn-every", 6, "--out", "run"))
     rates = [json.loads(line)["lr"] for line in Path("run/log.jsonl").read_text().splitlines()]
     assert [rate / rates[0] for rate in rates] == pytest.approx([1, 1, 1, 0.1, 0.01, 0.001])
+
+
+@pytest.mark.parametrize("contrast, each", [("softmax", math.log(40)), ("nce", math.log(40) + 39 * math.log(40 / 39))])
+def test_chance_level_of_the_whole_bank(contrast, each, tiny, tmp_path, capsys):
+    """Of 40 images, all but the anchor's own are negatives; two pairs of views."""
+    flags = ["--dictionary", "memory-bank", "--negatives", 0, "--contrast", contrast, "--out", tmp_path / "run"]
+    cmc.main(tiny("cmc", *flags))
+    assert f"(chance {2 * each:.3f})" in capsys.readouterr().out
