@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What a script prints, logs and plots while it trains."""
 import math
+import signal
 import time
 
 import torch
@@ -28,6 +29,32 @@ class Progress:
         self.read_at = self.line_at = self.first_at = None                    # set in the first step
         self.done, self.said, self.trained = 0, False, 0.0                    # steps after the first; hint; seconds
 
+    @property
+    def typical(self):
+        """Whether a slow first step is typical of all, as nothing is compiled or loaded in it."""
+        return self.run.device.type == "cpu" and not self.run.settings["compile"]
+
+    def begin(self):
+        """To be called before the first step, during which, if it takes minutes, --small is recommended already."""
+        if self.typical and hasattr(signal, "setitimer"):                     # Windows has none
+            signal.signal(signal.SIGALRM, lambda *_: self.recommend_small(
+                f"The first step has not ended after {FIRST_LINE:g} s; if all take as long, the run takes more than",
+                FIRST_LINE * self.epochs * self.steps))
+            signal.setitimer(signal.ITIMER_REAL, FIRST_LINE)
+
+    def cancel_alarm(self):
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def recommend_small(self, text, seconds):
+        """Prints the text, the hours and --small, unless the run is short enough, has it, or this was said."""
+        small = self.run.settings["small"] or self.run.settings["dataset"] == "shapes"
+        if seconds > LONG and not small and not self.said:
+            self.run.say(f"{text} {seconds / 3600:,.0f} hours; with --small (smaller images, networks and batches, "
+                         f"fewer epochs) it takes about one, or up to two on a CPU without bf16, for 50,000 images on "
+                         f"two cores.")
+            self.said = True
+
     def state_dict(self):
         self.read()
         return {"sums": self.sums, "seconds": self.seconds}
@@ -47,12 +74,11 @@ class Progress:
         self.at, values = (epoch, step), {**values, "feature_std": feature_std(h)}
         self.pending.append(torch.stack([values[name].detach().float() for name in self.metrics]))
         if self.first_at is None:
+            self.cancel_alarm()
             self.read_at = self.run.since
             self.read()
             self.first_at = self.read_at
-            # Unless something is compiled or loaded in it, a slow first step is typical of all, and reported at once.
-            like_others = self.run.device.type == "cpu" and not self.run.settings["compile"]
-            self.line_at = FIRST_LINE + (self.run.since if like_others else self.first_at)
+            self.line_at = FIRST_LINE + (self.run.since if self.typical else self.first_at)
         else:
             self.done += 1
         now = self.now()
@@ -63,11 +89,7 @@ class Progress:
             left = ((self.epochs - epoch) * self.steps - step - 1) * seconds
             self.run.say(f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.steps}  {self.text(self.last)}  "
                          f"{self.images / self.steps / seconds:,.0f} images/s  {clock(left)} left")
-            small = self.run.settings["small"] or self.run.settings["dataset"] == "shapes"
-            if left > LONG and not small and not self.said:
-                self.run.say(f"At this speed the run takes {left / 3600:,.0f} hours; with --small (smaller images, "
-                             f"networks and batches, fewer epochs) it takes about one, or up to two on a CPU without "
-                             f"bf16, for 50,000 images on two cores.")
+            self.recommend_small("At this speed the run takes", left)
             self.said, self.line_at = True, now + LATER_LINES
         elif now - self.read_at > 0.5 or step + 1 == self.steps:              # so a bad loss is soon noticed
             self.read()

@@ -245,9 +245,13 @@ class Run:
             raise
         self.say(f"run folder: {self.folder}")
         self.since = time.perf_counter()                                      # start of the first step
+        if progress := self.tracked.get("progress"):
+            progress.begin()
         return self
 
     def reset_signals(self):
+        if progress := self.tracked.get("progress"):
+            progress.cancel_alarm()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 

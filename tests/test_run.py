@@ -456,6 +456,29 @@ def test_who_would_wait_for_hours_is_told_of_small(monkeypatch, seconds, setting
     assert not told or "takes 208 hours" in lines[1]
 
 
+@pytest.mark.parametrize("small, told", [(False, True), (True, False)])
+def test_small_is_recommended_during_a_first_step_of_minutes(tiny, here, monkeypatch, capsys, small, told):
+    """Not only after it, and once. A step that ends in time alarms nobody afterwards."""
+    view, slept = simclr.view, []
+    monkeypatch.setattr("common.progress.FIRST_LINE", 0.2)
+
+    def slow(*args, **kwargs):
+        if not slept:
+            slept.append(time.sleep(1.0))                                     # goes on after the signal
+            print("still in the first step")
+        return view(*args, **kwargs)
+    monkeypatch.setattr(simclr, "view", slow)
+    monkeypatch.setattr(Run, "stop_requested", lambda run: True)
+    flags = ["--epochs", 20_000, *["--small"] * small]
+    with pytest.raises(SystemExit):
+        simclr.main(tiny(simclr, "--out", "run", *flags))
+    lines = capsys.readouterr().out.splitlines()
+    found = [i for i, line in enumerate(lines) if line.startswith("The first step has not ended after 0.2 s")]
+    assert len(found) == told and sum("with --small" in line for line in lines) == told
+    assert not told or found[0] < lines.index("still in the first step") and "more than 6 hours" in lines[found[0]]
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
 def test_what_is_compiled(script, tiny, here, monkeypatch):
     """With --compile the model, once; of gcrl.py one micro-batch, as a graph of all of them takes minutes."""
     compiled = []
