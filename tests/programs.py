@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Programs for tests, in processes that are forked from one that has imported torch: a new one takes seconds for that."""
+"""Programs for tests, in processes that are forked from one that has imported torch, which takes seconds."""
 import atexit
 import multiprocessing.util
 import os

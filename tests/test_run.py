@@ -240,7 +240,7 @@ def test_weights_that_are_not_finite_replace_no_good_ones(here):
     run.track(model=model)
     bad = {"weight": torch.full((3, 3), math.nan), "bias": torch.zeros(3)}
     model.load_state_dict(bad)
-    with pytest.raises(Refusal, match="weights are not finite: lower --lr, or undo another extreme setting .nothing was saved yet"):
+    with pytest.raises(Refusal, match="weights are not finite: lower --lr, .* .nothing was saved yet"):
         run.save(1, 0)
     assert not run.saved()
     model.reset_parameters()
