@@ -151,8 +151,9 @@ def pair_similarities(z1, z2):
     images, (2N, 2N - 2). z1, z2: as in `nt_xent`."""
     n, z = len(z1), F.normalize(torch.cat([z1, z2]).float(), dim=1)           # (2N, D)
     cosines = z @ z.T                                                         # (2N, 2N)
-    other = ~torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)     # (2N, 2N), true between two images
-    return cosines.diagonal(n).repeat(2), cosines[other].view(2 * n, 2 * n - 2)
+    i = torch.arange(2 * n, device=z.device)
+    other = (i[:, None] + i[1:-1] + (i[1:-1] >= n)) % (2 * n)                 # (2N, 2N - 2), all but i and i + N
+    return cosines.diagonal(n).repeat(2), cosines.gather(1, other)
 
 
 def semi_hard(positive, negatives, margin):
@@ -315,8 +316,7 @@ def main(argv=None):
                        math.log(max(1, len(images.classes))))}[args.loss]
     progress = run.progress(args.epochs, len(batches), args.batch_size, {"loss": f"chance {chance:.3f}"})
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
-    projection = nn.Sequential(model.encoder, model.head)                     # z, worse in the paper (section 4.2)
-    run.watch(autocast, {"trained": model.encoder, "projection": projection})
+    run.watch(autocast, {"trained": model.encoder, "projection": nn.Sequential(model.encoder, model.head)})    # h, z
     first_epoch, first_step = run.restore()                                   # (0, 0) unless --resume
     net.train()
     with run:
