@@ -42,9 +42,9 @@ def fit_palette(images, num_colours, seed=0, pixels=2**16, iterations=40):
     x = (images / 255 if images.dtype == torch.uint8 else images).permute(0, 2, 3, 1).reshape(-1, 3)
     x = x[torch.randperm(len(x), generator=generator)[:pixels]]
     num_colours = min(num_colours, len(x.unique(dim=0)))
-    palette, distance = x[:1].repeat(num_colours, 1), torch.full((len(x),), math.inf)
+    palette, distance, channels = x[:1].repeat(num_colours, 1), torch.full((len(x),), math.inf), x.T.contiguous()
     for i in range(1, num_colours):                                           # far colours are more likely
-        distance = torch.minimum(distance, (x - palette[i - 1]).square().sum(dim=1))
+        distance = torch.minimum(distance, (channels - palette[i - 1, :, None]).square().sum(dim=0))
         total = distance.cumsum(dim=0)
         drawn = torch.searchsorted(total, total[-1] * torch.rand(1, generator=generator))
         palette[i] = x[drawn.clamp(max=len(x) - 1)]
