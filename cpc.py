@@ -86,7 +86,7 @@ def warp(x, shear, bend):
     affine[:, 0, 1], affine[:, 1, 0] = shear[:, 0], shear[:, 1]
     shifts = F.interpolate(bend, x.shape[2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
     grid = F.affine_grid(affine, x.shape, align_corners=False) + shifts       # (N, S, S, 2); the patch is [-1, 1]
-    return F.grid_sample(x, grid.clamp(-edge, edge), align_corners=False)     # padding_mode="border", for MPS, too
+    return F.grid_sample(x, grid.clamp(-edge, edge), align_corners=False)     # the clamp is for MPS, too
 
 
 def drop_colours(x, kept):
@@ -265,7 +265,7 @@ def arguments(argv):
     add("--augmentation", choices=("v1", "v2"), default="v2",
         help="of each patch on its own; v1: small shifts; v2: flips, warps, colours, dropped channels")
     number("--colour-drop", 0.2, "[0, 1]", "probability that a patch keeps only one channel, with --augmentation v2 "
-        "(v2: 1)")
+        "(CPC v2: 1)")
     number("--crop-min", 0.5, "(0, 1]", "smallest share of the image's area that a crop keeps")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="depth of the encoder")
     number("--width", 64, "[1, inf)", "channels of the encoder's first stage")

@@ -274,8 +274,8 @@ def arguments(argv):
     number("--crop-min", 0.08, "(0, 1]", "strong view: smallest share of the area that a crop keeps")
     number("--jitter", 0.5, "[0, inf)", "strong view: strength s of the colour distortion")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs in which the learning rate rises")
-    number("--micro-batch", None, "[1, inf)", "images at once; the backward pass computes their activations again, "
-        "for the same gradients in less memory (default: few on a CPU; what fits into half of a GPU)", kind=int)
+    number("--micro-batch", None, "[1, inf)", "images at once; if fewer than the batch, backward computes their "
+        "activations again, for the same gradients in less memory (default: few on a CPU, half of a GPU)", kind=int)
     number("--lr", 1e-3, "(0, inf)", "peak learning rate of AdamW")
     number("--weight-decay", 0.01, "[0, inf)", "on all weights except biases and norms")
     number("--tau", 0.2, "(0, inf)", "temperature of the contrastive loss")

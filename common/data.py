@@ -198,11 +198,12 @@ def stream(source, workers, index_batches=None, pin_memory=False):
 
 
 def start_worker(_):
-    """Leaves Ctrl-C and a first SIGTERM, which may be sent to all processes (Slurm, `timeout`), to the main process: it
-    still needs the worker for the step that it finishes and saves. And ends the worker if it cannot send a batch
-    (/dev/shm is full), for which the main process would wait for ever."""
+    """Leaves Ctrl-C, and SIGTERM for a whole process group (by `timeout`, say), to the main process, which still needs
+    the worker for the step that it finishes and saves. And ends the worker if it cannot send a batch (/dev/shm is
+    full), for which the main process would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(os, "setpgid"):                                                # Windows has none
+        os.setpgid(0, 0)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
 
 
@@ -279,7 +280,7 @@ def folder(root):
                       f"test/CLASS/*, or images without classes")
     train, test = root / "train", next((root / part for part in ("test", "val") if (root / part).is_dir()), None)
     if test and not train.is_dir():
-        raise Refusal(f"{train} is not a folder, but {test} is: add it, or name a folder without {test.name}")
+        raise Refusal(f"{train} is not a folder, but {test} is: add it, or name {test} itself")
     pairs = [by_class(part) if part and part.is_dir() else [] for part in (train, test)]
     if [] in pairs:
         train = train if train.is_dir() else root

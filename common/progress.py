@@ -28,6 +28,7 @@ class Progress:
         self.pending, self.sums, self.seconds, self.last = [], [0.0] * len(self.metrics), 0.0, None
         self.read_at = self.line_at = self.first_at = None                    # set in the first step
         self.done, self.said, self.trained = 0, False, 0.0                    # steps after the first; hint; seconds
+        self.alarm_set = False
 
     @property
     def typical(self):
@@ -36,15 +37,19 @@ class Progress:
 
     def begin(self):
         """To be called before the first step, during which, if it takes minutes, --small is recommended already."""
-        if self.typical and hasattr(signal, "setitimer"):                     # Windows has none
+        free = hasattr(signal, "SIGALRM") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL        # Windows: none
+        self.alarm_set = free and self.typical and not self.run.resumed
+        if self.alarm_set:
             signal.signal(signal.SIGALRM, lambda *_: self.recommend_small(
                 f"The first step has not ended after {FIRST_LINE:g} s; if all take as long, the run takes more than",
                 FIRST_LINE * self.epochs * self.steps))
             signal.setitimer(signal.ITIMER_REAL, FIRST_LINE)
 
     def cancel_alarm(self):
-        if hasattr(signal, "setitimer"):
+        if self.alarm_set:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            self.alarm_set = False
 
     def recommend_small(self, text, seconds):
         """Prints the text, the hours and --small, unless the run is short enough, has it, or this was said."""

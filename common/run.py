@@ -42,12 +42,13 @@ class Run:
                            "runs/{}-{dataset}-{seed}".format(self.method, **settings))
         if self.resumed or rank > 0:
             return
-        above = next(folder for folder in self.folder.absolute().parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise Refusal(f"--out {self.folder} cannot be made, as {above} is not a folder that you may write to: name "
-                          f"another")
         if settings["out"]:
             refuse_taken(self.folder)
+        wanted = (self.folder if settings["out"] else self.folder.parent).absolute()
+        there = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise Refusal(f"{self.folder} cannot be made, as {there} is not a folder that you may write to: name "
+                          f"another with --out")
 
     def say(self, text):
         if self.rank == 0:
