@@ -133,7 +133,7 @@ class CMC(nn.Module):
         super().__init__()
         self.encoder, count = encoder, len(encoder.nets)
         self.heads = nn.ModuleList(nn.Linear(net.feature_dim, dim) for net in encoder.nets)
-        self.register_buffer("bank", F.normalize(torch.randn(count, entries, dim), dim=2))     # (V, n, C)
+        self.register_buffer("bank", F.normalize(torch.randn(count, entries, dim), dim=2))    # (V, n, C)
 
     def forward(self, x):
         """The features h (N, feature_dim) and the normalised projections z (N, V, C)."""

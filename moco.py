@@ -322,9 +322,9 @@ def main(argv=None):
                 x2 = None if has_bank else random_view(x, rng, aspect=aspect)
                 if has_bank:
                     index = distributed.gather(augment.send(index, device))   # of the whole batch of all processes
-                    drawn = torch.randint(n, (args.negatives,), generator=rng.generator) if args.negatives else \
-                        torch.arange(n)                                       # all vectors of the bank
-                    draws = dict(index=index, drawn=augment.send(drawn, device))
+                    drawn = augment.send(torch.randint(n, (args.negatives,), generator=rng.generator), device) \
+                        if args.negatives else torch.arange(n, device=device)  # all vectors of the bank
+                    draws = dict(index=index, drawn=drawn)
                 else:
                     order = torch.randperm(args.batch_size, generator=rng.generator)
                     order = torch.arange(args.batch_size) if args.no_shuffle else order       # drawn: same views

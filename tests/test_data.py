@@ -371,7 +371,8 @@ def test_folder_with_classes_but_no_train(tmp_path):
 def test_folder_with_a_test_part_alone(tmp_path, part):
     """Its images are not to be trained on because of a mistyped name."""
     labelled_folder(tmp_path, ["trian", part])
-    assert f"{tmp_path / 'train'} is not a folder, but {tmp_path / part} is: add it, or" in refusal(load_folder, tmp_path)
+    text = refusal(load_folder, tmp_path)
+    assert f"{tmp_path / 'train'} is not a folder, but {tmp_path / part} is: add it, or" in text
 
 
 def test_folder_with_a_test_part_without_classes(tmp_path):

@@ -480,6 +480,18 @@ def test_small_is_recommended_during_a_first_step_of_minutes(tiny, here, monkeyp
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize("resumed, handler", [(True, signal.SIG_DFL), (False, lambda *_: None)])
+def test_the_alarm_of_the_first_step_is_left_alone(resumed, handler):
+    """A resumed run cannot take --small any more, and another SIGALRM is not ours to replace."""
+    show, before = progress()[0], signal.signal(signal.SIGALRM, handler)
+    show.run.resumed = resumed
+    try:
+        show.begin()
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == handler
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_what_is_compiled(script, tiny, here, monkeypatch):
     """With --compile the model, once; of gcrl.py one micro-batch, as a graph of all of them takes minutes."""
     compiled = []
