@@ -166,7 +166,7 @@ class DIM(nn.Module):
         if beta > 0:
             self.local_critic = kind(dim, encoder.local_dim, units)
         if gamma > 0:
-            self.prior = MLP(dim, [1000, 200, 1])
+            self.prior = MLP(dim, [1000, 200, 1])                                 # the adversary D
 
     def forward(self, x, uniform):
         """x (V N, 3, S, S): V views of each image, N rows apart. uniform (V N, dim): draws from [0, 1]. If V is 2, Y of
