@@ -229,7 +229,8 @@ def arguments(argv):
                            datasets=[name for name in data.NAMES if name != "fashionmnist"])            # that is grey
     add, number = parser.add_argument, parser.number
     add("--views", choices=CHANNELS, default="lab", help="the views: L and ab, Y and CbCr, or R, G and B")
-    add("--views-dir", nargs="+", metavar="DIR", help="views of your own: folders of images with the same names")
+    add("--views-dir", nargs="+", type=cli.path, metavar="DIR",
+        help="views of your own: folders of images with the same names")
     add("--graph", choices=("full", "core"), default="full", help="pairs of views: all, or those with the first view")
     add("--contrast", choices=("nce", "softmax"), default="softmax", help="the loss: the paper's, or InfoNCE")
     add("--dictionary", choices=("memory-bank", "end-to-end"), default="memory-bank", help="source of the keys")

@@ -181,7 +181,8 @@ class Decoder(Dataset):
 
 def stream(source, workers, index_batches=None, pin_memory=False):
     """Yields stacked batches of what a `Decoder` gives, for each index tensor (B,) or for all images in order, using
-    worker processes. Raises Refusal, which names the first image that cannot be read and counts the others."""
+    worker processes. Raises Refusal, which names the first image that cannot be read and counts the others: of all
+    images, or with index_batches, which are read in each epoch, of the same batch."""
     sampler, broken = torch.arange(len(source)).split(256) if index_batches is None else index_batches, []
     with warnings.catch_warnings(action="ignore"):                            # of more workers than cores
         batches = iter(DataLoader(source, batch_sampler=[index.tolist() for index in sampler], num_workers=workers,
@@ -190,6 +191,8 @@ def stream(source, workers, index_batches=None, pin_memory=False):
     for batch in batches:
         if isinstance(batch, list):
             broken += batch                                                   # the rest is only counted
+            if index_batches is not None:
+                break
         elif not broken:
             yield batch
     if broken:

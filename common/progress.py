@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What a script prints, logs and plots while it trains."""
 import math
-import signal
+import threading
 import time
 
 import torch
@@ -28,7 +28,10 @@ class Progress:
         self.pending, self.sums, self.seconds, self.last = [], [0.0] * len(self.metrics), 0.0, None
         self.read_at = self.line_at = self.first_at = None                    # set in the first step
         self.done, self.said, self.trained = 0, False, 0.0                    # steps after the first; hint; seconds
-        self.alarm_set = False
+        self.timer = threading.Timer(FIRST_LINE, self.recommend_small, (
+            f"The first step has not ended after {FIRST_LINE:g} s; if all take as long, the run takes more than",
+            FIRST_LINE * epochs * steps))
+        self.timer.daemon = True                                              # ends with the program
 
     @property
     def typical(self):
@@ -37,19 +40,8 @@ class Progress:
 
     def begin(self):
         """To be called before the first step, during which, if it takes minutes, --small is recommended already."""
-        free = hasattr(signal, "SIGALRM") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL        # Windows: none
-        self.alarm_set = free and self.typical and not self.run.resumed
-        if self.alarm_set:
-            signal.signal(signal.SIGALRM, lambda *_: self.recommend_small(
-                f"The first step has not ended after {FIRST_LINE:g} s; if all take as long, the run takes more than",
-                FIRST_LINE * self.epochs * self.steps))
-            signal.setitimer(signal.ITIMER_REAL, FIRST_LINE)
-
-    def cancel_alarm(self):
-        if self.alarm_set:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            self.alarm_set = False
+        if self.typical and not self.run.resumed:                             # a resumed run cannot take --small
+            self.timer.start()
 
     def recommend_small(self, text, seconds):
         """Prints the text, the hours and --small, unless the run is short enough, has it, or this was said."""
@@ -79,7 +71,7 @@ class Progress:
         self.at, values = (epoch, step), {**values, "feature_std": feature_std(h)}
         self.pending.append(torch.stack([values[name].detach().float() for name in self.metrics]))
         if self.first_at is None:
-            self.cancel_alarm()
+            self.timer.cancel()
             self.read_at = self.run.since
             self.read()
             self.first_at = self.read_at

@@ -251,13 +251,13 @@ class Run:
         return self
 
     def reset_signals(self):
-        if progress := self.tracked.get("progress"):
-            progress.cancel_alarm()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def __exit__(self, error, *_):
         self.reset_signals()
+        if progress := self.tracked.get("progress"):
+            progress.timer.cancel()
         if self.lock:
             self.lock.close()                                                 # Windows removes no open file
         failed = error and issubclass(error, (Exception, KeyboardInterrupt))

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -465,7 +466,7 @@ def test_small_is_recommended_during_a_first_step_of_minutes(tiny, here, monkeyp
 
     def slow(*args, **kwargs):
         if not slept:
-            slept.append(time.sleep(1.0))                                     # goes on after the signal
+            slept.append(time.sleep(1.0))                                     # goes on after the sentence
             print("still in the first step")
         return view(*args, **kwargs)
     monkeypatch.setattr(simclr, "view", slow)
@@ -477,19 +478,17 @@ def test_small_is_recommended_during_a_first_step_of_minutes(tiny, here, monkeyp
     found = [i for i, line in enumerate(lines) if line.startswith("The first step has not ended after 0.2 s")]
     assert len(found) == told and sum("with --small" in line for line in lines) == told
     assert not told or found[0] < lines.index("still in the first step") and "more than 6 hours" in lines[found[0]]
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize("resumed, handler", [(True, signal.SIG_DFL), (False, lambda *_: None)])
-def test_the_alarm_of_the_first_step_is_left_alone(resumed, handler):
-    """A resumed run cannot take --small any more, and another SIGALRM is not ours to replace."""
-    show, before = progress()[0], signal.signal(signal.SIGALRM, handler)
-    show.run.resumed = resumed
-    try:
+def test_small_is_not_recommended_to_a_resumed_run():
+    """It cannot take the flag any more."""
+    for resumed in (True, False):
+        show = progress()[0]
+        show.run.resumed = resumed
         show.begin()
-        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == handler
-    finally:
-        signal.signal(signal.SIGALRM, before)
+        assert show.timer.is_alive() != resumed
+        show.timer.cancel()
 
 
 def test_what_is_compiled(script, tiny, here, monkeypatch):

@@ -28,7 +28,8 @@ def arguments(argv):
     number("--epochs", None, "[1, inf)", "passes of --finetune over the labelled images, drawn with replacement; twice "
         "as many from scratch (default: 60 with at most a hundredth of the labels, else 30; at least 200 steps)",
         kind=int)
-    add("--ood", nargs="+", metavar="D", help="data sets or folders of images to detect as out-of-distribution")
+    add("--ood", nargs="+", type=cli.path, metavar="D",
+        help="data sets or folders of images to detect as out-of-distribution")
     add("--blocks", action="store_true", help="linear probe of each block of a generator, plotted in blocks.png")
     add("--export", type=cli.path, metavar="FILE", help="write features, labels and file names to this .npz file, for "
         "numpy.load")
@@ -67,7 +68,8 @@ def main(argv=None):
         raise Refusal(f"{args.run} has views of its own (--views-dir): it can only be evaluated on these")
     downloads = "data" if settings.dataset == "folder" else settings.data_dir
     place = args.data_dir or views or (settings.data_dir if name == settings.dataset else downloads)
-    suffix = "" if (name, place) == (settings.dataset, settings.data_dir) else f"-{name}"      # of picture names
+    own = name == settings.dataset and place in (settings.data_dir, views)    # the run's own images
+    suffix = "" if own else f"-{name}"                                        # of picture names
 
     def open_data(name, folder):
         return load(name, folder, settings.image_size, device, args.workers, args.cache_gb, settings.seed)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from .. import Refusal, linear_probe, pictures
+from .. import Refusal, linear_probe, pictures, shown
 from ..data import Decoder, Images
 from ..run import write_file
 from . import runs
@@ -51,7 +51,7 @@ def export(path, images, encoder, autocast):
     if path.exists():
         raise Refusal(f"--export {path} exists: name another file")
     write_file(path, write)
-    print(path, flush=True)
+    print(shown(str(path)), flush=True)
 
 
 def tsne(x, perplexity=30.0, steps=500):
@@ -107,7 +107,8 @@ def show_neighbours(path, own, images, encoder, autocast):
     x, h = (F.normalize(linear_probe.features(encoder, part, autocast), dim=1) for part in (given, train))
     index = (x @ h.T).topk(min(7, len(h)), dim=1).indices.cpu()               # (Q, k)
     for name, row in zip(own, index.tolist()):
-        print("\n  ".join([name, *(names[i] if names else f"training image {i}" for i in row)]), flush=True)
+        found = [name, *(names[i] if names else f"training image {i}" for i in row)]
+        print("\n  ".join(map(shown, found)), flush=True)
     beside = train.at(index.flatten()).unflatten(0, index.shape)
     rows = torch.cat([given.pixels[:, None].cpu(), beside], dim=1)            # (Q, 1 + k, 3, S, S)
     runs.keep(path, lambda file: pictures.tiles(file, rows.flatten(0, 1), rows.shape[1]))

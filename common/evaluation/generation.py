@@ -24,8 +24,9 @@ def arguments(argv, script):
         "--frechet 500)", kind=int)
     add("--complete", nargs="+", type=cli.file, metavar="IMAGE", default=[],
         help="complete your images: keep the upper half and sample the lower half, six times each")
-    add("--frechet", metavar="RUN", help="Frechet distance between samples and as many test images, in the "
-        "features of this run (of any script), compared with that between two such sets of test images")
+    add("--frechet", type=cli.path, metavar="RUN",
+        help="Frechet distance between samples and as many test images, in the features of this run (of any script), "
+        "compared with that between two such sets of test images")
     number("--seed", None, "[0, 4294967295]", "random seed (default: that of the run)", kind=int)
     add("--device", help="auto, cpu, mps, cuda or cuda:N (default: that of the run)")
     add("--data-dir", type=cli.path, metavar="DIR", help="folder of the run's data set (default: where it was)")
