@@ -120,11 +120,11 @@ class RunParser(Parser):
             except Refusal as refusal:
                 raise Refusal(f"--resume {refusal}") from None
             try:
-                settings |= given_in(as_flags(stored))
-                for name, value in stored.items():                            # only values that flags can give
+                settings |= given_in(as_flags(stored))                        # parsed, so checked, as flags are
+                for name, value in stored.items():                            # nothing that flags cannot give
                     if settings.get(name, absent) != value:
                         raise ValueError(f"{name} {value!r}")
-            except ValueError as error:                                       # a Refusal is one
+            except ValueError as error:                                       # such as a Refusal
                 raise Refusal(f"{given['resume']}/args.json is damaged or of another version of {self.prog} "
                               f"({str(error)[:200]}): name another run") from None
             settings["out"] = given["resume"]

@@ -296,8 +296,11 @@ def folder(root):
     for odd in sorted(classes ^ others):
         raise Refusal(f"{(test if odd in classes else train) / odd} holds no images, so class {odd!r} is not in both "
                       f"{train} and {test}: fill it or remove the class")
-    return [None, *(([file for _, file in part], np.unique([name for name, _ in part], return_inverse=True)[1])
-                    for part in pairs)], sorted(classes), ""
+    parts = [None]                                                            # no unlabelled part
+    for part in pairs:
+        names, files = zip(*part)
+        parts.append((list(files), np.unique(names, return_inverse=True)[1]))
+    return parts, sorted(classes), ""
 
 
 def aligned(roots):

@@ -99,7 +99,7 @@ class Progress:
             return
         rows = torch.stack(self.pending).cpu().double().tolist()              # MPS has no float64
         epoch, step = self.at
-        for at, row in enumerate(rows, step + 2 - len(rows)):
+        for at, row in enumerate(rows, step + 2 - len(rows)):                 # up to step + 1, as users count from 1
             if not all(map(math.isfinite, row)):
                 raise self.run.not_finite(f"the loss is not finite at step {at} of epoch {epoch + 1}")
             self.sums = [s + v for s, v in zip(self.sums, row)]

@@ -276,7 +276,7 @@ class Run:
     def stop(self, epoch, step):
         """Saves, prints how to continue, and exits with status 130 (Ctrl-C) or 143 (SIGTERM)."""
         self.save(epoch, step)
-        distributed.any_process(False)                                        # once one has ended, torchrun kills all
+        distributed.any_process(False)              # waits until all have saved: once one has ended, torchrun kills all
         self.say(f"\nstopped and saved at step {step} of epoch {epoch + 1}; continue with --resume {self.folder}")
         sys.exit(128 + (self.signal or signal.SIGTERM))
 

@@ -99,7 +99,8 @@ def split_batch(part, images, image_bytes, largest, side, device):
     room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**31
     recompute = part is not None or images * image_bytes > room
     if part is None:
-        # On CPUs, glibc is slow at tensors of 32 MB and more. CUDA attends to fewer than 2^16 rows, of two views.
+        # On CPUs, glibc is slow at tensors of 32 MB and more. CUDA attends to fewer than 2^16 rows at once: two views
+        # of 2^14 / side images have 2^15.
         most = min((2**23 - 1) / largest if device.type == "cpu" else 2**14 / side, room / image_bytes)
         part = math.ceil(images / math.ceil(images / max(1, int(most))))
     return part, recompute and part < images

@@ -34,7 +34,7 @@ def load_encoder(folder, device, trained=True):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(args.seed)
         module, state = filled(script.build_encoder, args, folder, "encoder.pt")
-        if not trained:                                                       # the file is checked anyway
+        if not trained:                                                       # a damaged file was refused all the same
             torch.default_generator.manual_seed(args.seed)
             module = script.build_encoder(args)
             if hasattr(module, "keep_data"):
