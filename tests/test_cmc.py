@@ -18,6 +18,7 @@ import moco
 from common import augment
 from common.cli import Refusal
 from common.data import Batches, Images, load
+from common.evaluation import __main__ as evaluation
 
 CPU = torch.device("cpu")
 
@@ -263,6 +264,8 @@ def test_views_dir_trains(aligned, tmp_path):
     encoder.load_state_dict(torch.load(out / "encoder.pt", weights_only=True))
     with Image.open(out / "views.png") as picture:
         assert picture.size == (8 * 66 + 2, 4 * 66 + 2)                       # two rows of 8 images, for each view
+    evaluation.main([str(out), "--map", "--workers", "0"])
+    assert (out / "map.png").exists()                                         # without the suffix of other images
     (tmp_path / "colour").rename(tmp_path / "moved")                          # where they are may change
     again = cmc.main(["--resume", str(out), "--views-dir", str(tmp_path / "moved"), aligned[1]])
     assert again["linear"] == result["linear"]
