@@ -426,9 +426,11 @@ def claims_table(claims):
 
 def curves(found, path):
     """A PNG with a panel for each row: its kNN in training, the mean of its seeds where all have one, over the minutes
-    of the fastest."""
-    panels = []
+    of the fastest. Rows measured on another machine than most are left out, as their minutes cannot be compared."""
+    panels, usual = [], statistics.mode(row["device"] for rows in found.values() for row in rows)
     for title, rows in found.items():
+        if any(row["device"] != usual for row in rows):
+            continue
         points = []
         for epoch, entries in enumerate(zip(*(row["log"] for row in rows)), 1):
             if all("knn" in entry for entry in entries):

@@ -183,12 +183,14 @@ def test_claims(in_process, images, tmp_path, monkeypatch):
 
 
 def test_curves(tmp_path, monkeypatch):
-    """The mean over seeds of kNN, where all have one, over the fastest one's minutes of training until then."""
-    def row(seconds, *knn):
-        return {"log": [{"seconds": seconds} | ({"knn": x} if x else {}) for x in knn]}
+    """The mean over seeds of kNN, where all have one, over the fastest one's minutes of training until then; without
+    rows of another machine."""
+    def row(seconds, *knn, device="fast"):
+        return {"device": device, "log": [{"seconds": seconds} | ({"knn": x} if x else {}) for x in knn]}
     drawn = []
     monkeypatch.setattr(results.pictures, "plot", lambda path, *panels, height: drawn.extend(panels))
-    results.curves({"SimCLR": [row(60, 0.2, None, 0.4), row(120, 0.3, 0.5, 0.6)], "CPC": [row(60, None)]}, tmp_path)
+    results.curves({"SimCLR": [row(60, 0.2, None, 0.4), row(120, 0.3, 0.5, 0.6)], "CPC": [row(60, None)],
+                    "GCRL": [row(600, 0.2, device="slow")]}, tmp_path)
     (title, points, levels), = drawn
     assert title.startswith("SimCLR") and sum(points, ()) == pytest.approx((1.0, 25.0, 3.0, 50.0)) and levels == {}
 
