@@ -6,8 +6,6 @@ import io
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import tarfile
 import urllib.error
 import urllib.request
@@ -24,8 +22,9 @@ from torchvision import datasets
 from common import augment, shapes
 from common.cli import Refusal
 from common.data import HOMES, NAMES, Batches, epoch_order, load, to_pixels
+from programs import Program
 
-CPU = torch.device("cpu")
+ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
 STREAMED = pytest.mark.parametrize("cache_gb", [1, 0], ids=["memory", "streamed"])
 
@@ -484,35 +483,30 @@ def test_random_state_is_left_alone(tmp_path, cache_gb):
 
 
 INTERRUPTED = """
-import multiprocessing, os, signal, sys, torch
-sys.path.insert(0, {root!r})
+import multiprocessing, os, signal, torch
 from common.data import Decoder, stream
-if __name__ == "__main__":
-    multiprocessing.set_start_method({start!r})
-    multiprocessing.set_forkserver_preload(["common.data"])                   # faster
-    signal.signal(signal.{signal}, lambda *_: print("asked to stop"))
-    batches = stream(Decoder({files!r}), 2, torch.arange(20).split(1))
-    first = [next(batches), next(batches)]                                    # one of each worker
-    os.killpg(0, signal.{signal})
-    print(len(first + list(batches)))
+os.setsid()                                                                   # the signal is for this group alone
+multiprocessing.set_start_method("fork")
+signal.signal(signal.{signal}, lambda *_: print("asked to stop"))
+batches = stream(Decoder({files!r}), 2, torch.arange(20).split(1))
+first = [next(batches), next(batches)]                                        # one of each worker
+os.killpg(0, signal.{signal})
+print(len(first + list(batches)))
 """
 
 
-@pytest.mark.parametrize("name, start", [("SIGINT", "forkserver"), ("SIGTERM", "fork")])
-def test_workers_leave_signals_to_the_main_process(tmp_path, name, start):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_workers_leave_signals_to_the_main_process(tmp_path, name):
     """A terminal's Ctrl-C goes to every process of the group, and so may SIGTERM. The images of the step that is
-    finished and saved still arrive, and a worker neither dies of the signal, as one of a fork server would, which has
-    not inherited the main process's handler, nor runs this handler. (SIGTERM ends a fork server itself, and torch's
-    workers end with it.)"""
+    finished and saved still arrive, and no worker runs the main process's handler. (With a fork server, Linux's way
+    from Python 3.14 on, SIGTERM ends the server, and torch's workers end with it.)"""
     pixels = [np.full((8, 8, 3), i, np.uint8) for i in range(20)]
     files = [str(tmp_path / f"{i}.png") for i in range(20)]
     for path, x in zip(files, pixels):
         Image.fromarray(x).save(path)
-    program = INTERRUPTED.format(root=str(Path(__file__).parent.parent), files=files, signal=name, start=start)
-    (tmp_path / "program.py").write_text(program)
-    run = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=60,
-                         start_new_session=True)
-    assert (run.stdout, run.stderr) == ("asked to stop\n20\n", "")
+    program = Program(["-c", INTERRUPTED.format(files=files, signal=name)], ROOT, tmp_path / "out", tmp_path / "err")
+    assert program.wait(60) == 0
+    assert ((tmp_path / "out").read_text(), (tmp_path / "err").read_text()) == ("asked to stop\n20\n", "")
 
 
 def test_a_worker_that_cannot_send_its_images(tmp_path):
@@ -520,12 +514,13 @@ def test_a_worker_that_cannot_send_its_images(tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "0.png")
     far = tmp_path / ("x" * 100)
     far.mkdir()
-    code = (f"from common.data import Decoder, stream\nfrom common import cli\n"
+    code = (f"import multiprocessing\nfrom common import cli\nfrom common.data import Decoder, stream\n"
+            f"multiprocessing.current_process()._config['tempdir'] = {str(far)!r}\n"         # of sockets
             f"cli.program(lambda: list(stream(Decoder([{str(tmp_path / '0.png')!r}]), 1)))")
-    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, timeout=60, text=True,
-                         capture_output=True, env=os.environ | {"TMPDIR": str(far)})
-    assert run.returncode == 2 and "Traceback" not in run.stderr
-    assert "a worker process could not send its images or was killed: lower --workers" in run.stderr
+    program = Program(["-c", code], ROOT, tmp_path / "out", tmp_path / "err")
+    assert program.wait(60) == 2 and "Traceback" not in (tmp_path / "err").read_text()
+    assert "a worker process could not send its images or was killed: lower --workers" in \
+        (tmp_path / "err").read_text()
 
 
 def test_source_can_be_sent_to_workers(tmp_path):

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -294,13 +293,13 @@ def test_small_is_for_real_images(script):
         script.arguments(["--small"])
 
 
-def test_program_refuses(here, tiny):
+def test_program_refuses(here, tiny, tmp_path):
     """As a program: exit status 2, one line on stderr, no traceback, nothing on stdout, nothing written."""
-    done = subprocess.run([sys.executable, ROOT / "gcrl.py", *tiny(gcrl, "--tau", "0")], cwd=here, capture_output=True,
-                          text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(r"gcrl\.py: .*--tau.*\n", done.stderr)
-    assert not list(here.iterdir())
+    out, err = tmp_path / "out", tmp_path / "err"
+    program = Program([ROOT / "gcrl.py", *tiny(gcrl, "--tau", "0")], here, out, err)
+    assert program.wait(60) == 2 and out.read_text() == ""
+    assert re.fullmatch(r"gcrl\.py: .*--tau.*\n", err.read_text())
+    assert not [path for path in here.iterdir() if path not in (out, err)]
 
 
 def test_help(script, here, monkeypatch, capsys):
