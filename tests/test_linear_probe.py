@@ -168,20 +168,22 @@ def test_probe_fits_without_the_test_set(fits):
             assert torch.equal(x, old_x) and torch.equal(y, old_y) and l2 == old_l2 and torch.equal(weights, old)
 
 
-def test_probe_takes_the_penalty_that_is_best_on_held_out_features(fits):
-    """Nine tenths are fitted with each penalty; the last fit has the one with the least cross-entropy on the other
-    tenth, and all the points."""
+def test_probe_takes_the_penalty_that_is_best_on_held_out_features(fits, monkeypatch):
+    """Nine tenths are fitted with each penalty and a tenth scored; the last fit has the best one and all the points."""
+    scores = Spy(linear_probe.score)
+    monkeypatch.setattr(linear_probe, "score", scores)
     train_x, train_y = gaussians(200, 40, 3, 1.5, seed=1)
     linear_probe.linear_probe(train_x, train_y, *gaussians(50, 40, 3, 1.5, seed=2))
-    *tries, ((x, y, _, chosen, *_), _) = fits
-    assert sorted(args[3] for args, _ in tries) == sorted(linear_probe.L2) and len(x) == 200
-    losses = {}
-    for (kept, _, _, l2, *_), weights in tries:
-        held = torch.cdist(x, kept).min(dim=1).values > 0.1                   # no point is in both
-        assert held.sum() == 20 and len(kept) == 180
-        log_p = (x[held] @ weights[:-1] + weights[-1]).log_softmax(dim=1)
-        losses[l2] = -log_p[torch.arange(20), y[held]].mean().item()
-    assert chosen == min(losses, key=losses.get) and len(set(losses.values())) > 1
+    *tries, ((x, _, _, chosen, *_), _) = fits
+    *held, (last, _) = scores.calls
+    assert sorted(args[3] for args, _ in tries) == sorted(linear_probe.L2)
+    assert len(x) == 200 and all(len(args[0]) == 180 for args, _ in tries)
+    assert all(len(args[0]) == 20 for args, _ in held) and len(last[0]) == 50
+    for kept, ((held_x, *_), _) in zip((args[0] for args, _ in tries), held):
+        assert torch.cdist(kept, held_x).min() > 0.1                          # no point is in both
+    accuracy = {args[3]: score for (args, _), (_, score) in zip(tries, held)}
+    assert len(set(accuracy.values())) > 1                                    # else there was nothing to choose
+    assert accuracy[chosen] == max(accuracy.values())
 
 
 @pytest.mark.parametrize("l2, steepest", [(1e-1, 3e-5), (1e-3, 1e-4)])
