@@ -246,7 +246,8 @@ def way_out(error, free, memory):
         return f"{error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in text:
         return f"the GPU is out of memory: lower {memory}"
-    onednn = "could not create" in text and "descriptor" not in text          # with "descriptor": cannot do it at all
+    # oneDNN could not create "a memory" or "a primitive"; "a primitive descriptor": it does not have the operation.
+    onednn = "could not create" in text and "descriptor" not in text
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or onednn:
         there = "there is" if math.isnan(free) else f"the {free / 1e9:.1f} GB that were free"
         return f"this needs more memory than {there}: lower {memory}"

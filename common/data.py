@@ -190,8 +190,8 @@ def stream(source, workers, index_batches=None, pin_memory=False):
                                   generator=torch.Generator()))               # not torch's own
     for batch in batches:
         if isinstance(batch, list):
-            broken += batch                                                   # the rest is only counted
-            if index_batches is not None:
+            broken += batch
+            if index_batches is not None:                                     # else the others are counted
                 break
         elif not broken:
             yield batch

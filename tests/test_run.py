@@ -635,10 +635,13 @@ def test_program_hides_no_bug():
         cli.program(lambda: 1 / 0)
     with pytest.raises(OSError):
         cli.program(lambda: (_ for _ in ()).throw(OSError("not the system's")).__next__())
+    lacking = RuntimeError("could not create a primitive descriptor for the matmul primitive")            # oneDNN's
+    assert cli.way_out(lacking, 0.0, "") is None
     cli.program(lambda: None)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory"),
+                                   RuntimeError("could not create a primitive")])
 def test_too_little_memory_is_one_sentence(error, monkeypatch, capsys):
     def main():
         raise error
