@@ -393,6 +393,24 @@ def ood_table(found):
     return markdown(lines) if others else None
 
 
+def differences_table(found):
+    """Markdown: by how much GCRL's hybrids differ from the model of one loss, on average over the seeds that both have,
+    as each seed has its own palette and initial weights; None without two such rows."""
+    def value(row, measure):
+        value = row["result"][measure]
+        return value if measure == "nats" else 100 * value["trained"]
+    lines = [["", "linear probe", "kNN", "nats per token"]]
+    for hybrid in ("GCRL, hybrid", "GCRL, hybrid, alpha 8"):
+        for other in ("GCRL, contrastive", "GCRL, generative"):
+            rows, others = ({row["settings"]["seed"]: row for row in found.get(name, [])} for name in (hybrid, other))
+            pairs = [(rows[seed], others[seed]) for seed in rows if seed in others]
+            if pairs:
+                lines.append([f"{hybrid}, less {other}", *(
+                    cell(pairs, lambda pair: value(pair[0], measure) - value(pair[1], measure), digits)
+                    for measure, digits in (("linear", 1), ("knn", 1), ("nats", 3)))])
+    return markdown(lines) if len(lines) > 1 else None
+
+
 def read_rows(folder):
     """{row: [what is kept of each seed in `folder`]}."""
     kept = {row: [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))
@@ -535,7 +553,7 @@ def main(argv=None):
     else:
         found, published = read_rows(RESULTS / name), PUBLISHED if name.startswith("gpu") else {}
         rows = sum(found.values(), [])
-        text = "\n\n".join(filter(None, [methods_table(found, published), ood_table(found)]))
+        text = "\n\n".join(filter(None, (methods_table(found, published), differences_table(found), ood_table(found))))
         curves(found, RESULTS / f"{name}.png")
     text = f"{text}\n\n{machine(rows)}\n"
     (RESULTS / f"{name}.md").write_text(text)
