@@ -35,7 +35,8 @@ if str(ROOT) not in sys.path:
 def pytest_configure(config):
     """Warnings are errors, but for those that we cannot help."""
     for line in ("error",
-                 "ignore:Python 3.14 will, by default, filter extracted tar:DeprecationWarning"):        # torchvision
+                 "ignore:Python 3.14 will, by default, filter extracted tar:DeprecationWarning",         # torchvision
+                 "ignore:You are using `torch.load`:FutureWarning:torch.storage"):                       # torch 2.4
         config.addinivalue_line("filterwarnings", line)
 
 

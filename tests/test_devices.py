@@ -19,7 +19,7 @@ import gcrl
 import moco
 import mutations
 import simclr
-from common import augment, data, pictures
+from common import augment, cli, data, pictures
 from common.evaluation import __main__ as evaluation
 from common.progress import Progress
 from simulated_device import Device, device_of
@@ -153,6 +153,8 @@ def test_drawn_images_are_kept_on_the_device(device):
 def simulated(kind, monkeypatch):
     """A device of KINDS, in which the lines of progress, which are a minute apart, count for nothing. Probes are short:
     they ask for values in each of their steps, which takes long where each operation is looked at."""
+    if kind == "mps" and torch.__version__ < cli.MPS_FROM:
+        pytest.skip("this torch lacks operations on MPS")
     with Device(*KINDS[kind]) as device, monkeypatch.context() as patch:
         read, lbfgs = Progress.read, torch.optim.LBFGS
         patch.setattr(torch.optim, "LBFGS", lambda weights, **more: lbfgs(weights, **more | {"max_iter": 2}))

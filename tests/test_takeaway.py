@@ -228,6 +228,7 @@ def test_a_backbone_of_ones_own(tiny, images, tmp_path, good):
 def test_auto_takes_cuda_then_mps_then_the_cpu(monkeypatch):
     taken = []
     monkeypatch.setattr(torch, "empty", lambda *size, device: taken.append(device.type))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0"))   # MPS is for this and newer
     for cuda in (True, False):
         for mps in (True, False):
             monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
