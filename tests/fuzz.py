@@ -232,7 +232,6 @@ def comparable(folder):
     for entry in (*state["history"], *log, result):
         for name in ("seconds", "peak_memory"):
             entry.pop(name, None)
-    torch.set_printoptions(threshold=10**9, precision=17)
 
     def plain(value):
         if torch.is_tensor(value):

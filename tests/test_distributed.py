@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -41,7 +40,7 @@ CASES = {  # at a high rate batch norm amplifies rounding, and Adam takes whole 
     "gcrl alpha 0": "--width 8 --heads 2 --encoder-layers 1 --decoder-layers 1 --colours 4 --lr 0.0002 --alpha 0",
 }
 # Without --local-addr the processes look for each other by the machine's name, which does not resolve everywhere.
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1"]
+TORCHRUN = ["-m", "torch.distributed.run", "--local-addr", "127.0.0.1"]
 LOOPBACK = {"OMP_NUM_THREADS": "1", **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})}
 PATIENCE = datetime.timedelta(seconds=50)                                     # what hangs is an error within a minute
 
@@ -149,14 +148,14 @@ def free_port():
 
 def test_two_machines(tiny, finished, tmp_path):
     """A torchrun for each, as README has it, on loopback: one run, no word on stderr, the loss of one process."""
-    argv, port = tiny("gcrl", "--out", tmp_path / "run"), free_port()
-    agents = [subprocess.Popen([*TORCHRUN, "--nnodes", "2", "--node-rank", str(rank), "--master-addr", "127.0.0.1",
-                                "--master-port", port, "--nproc-per-node", "1", ROOT / "gcrl.py", *argv],
-                               env=os.environ | LOOPBACK, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-              for rank in (0, 1)]
-    (output, errors), (silence, errors2) = (agent.communicate(timeout=100) for agent in agents)
-    assert [agent.returncode for agent in agents] == [0, 0], errors + errors2
-    assert "Warning" not in errors + errors2 and "processes 2" in " ".join(output.split()) and silence == ""
+    port, output = free_port(), [(tmp_path / f"stdout{rank}", tmp_path / f"stderr{rank}") for rank in (0, 1)]
+    agents = [Program([*TORCHRUN, "--nnodes", "2", "--node-rank", rank, "--master-addr", "127.0.0.1", "--master-port",
+                       port, "--nproc-per-node", "1", ROOT / "gcrl.py", *tiny("gcrl", "--out", tmp_path / "run")],
+                      tmp_path, *output[rank], **LOOPBACK) for rank in (0, 1)]
+    ended = [agent.wait(100) for agent in agents]
+    (said, errors), (silence, errors2) = ([path.read_text() for path in paths] for paths in output)
+    assert ended == [0, 0], errors + errors2
+    assert "Warning" not in errors + errors2 and "processes 2" in " ".join(said.split()) and silence == ""
     ends = [json.loads((folder / "log.jsonl").read_text().splitlines()[-1]) for folder in
             (tmp_path / "run", finished("gcrl").folder)]
     for key in "nats", "contrastive":

@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -430,17 +429,6 @@ def test_a_clock_that_is_set_takes_no_time():
     assert not [path for path in [*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py")] if "time.time(" in path.read_text()]
 
 
-def start(folder, tiny):
-    with open(folder / "output", "w") as output:
-        return subprocess.Popen([sys.executable, ROOT / "tests" / "fuzz.py", "--kill", "--cases", "2", "--scripts",
-                                 "simclr"], cwd=folder, stdout=output, stderr=output)
-
-
-@pytest.fixture(scope="module")
-def kills(background, ended):
-    return ended(*background)
-
-
-def test_kills(kills):
+def test_kills(tmp_path):
     """A share of tests/fuzz.py --kill."""
-    assert "simclr: 2 kills, " in (kills / "output").read_text()
+    assert fuzz.kill("simclr", 2, tmp_path) == []

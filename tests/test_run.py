@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -164,18 +163,15 @@ def test_interrupted_in_the_last_evaluation(tiny, here, monkeypatch, capsys):
 
 def test_ctrl_c_ends_tee_first(tiny, here):
     """What is printed has nowhere to go; what is saved, has."""
-    with open("errors", "w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "simclr.py", *tiny(simclr, "--epochs", 100_000, "--out", "run")],
-            stdout=subprocess.PIPE, stderr=errors, text=True)
+    os.mkfifo("pipe")
+    process = Program([ROOT / "simclr.py", *tiny(simclr, "--epochs", 100_000, "--out", "run")], here, "pipe", "errors")
     try:
-        next(line for line in process.stdout if line.startswith("epoch "))
-        process.stdout.close()
-        process.send_signal(signal.SIGINT)
+        with open("pipe") as tee:
+            next(line for line in tee if line.startswith("epoch "))
+        os.kill(process.pid, signal.SIGINT)
         assert process.wait(60) == 130 and Path("errors").read_text() == ""
     finally:
         process.kill()
-        process.wait()
     assert torch.load("run/checkpoint.pt", weights_only=True)["epoch"] >= 1
 
 
