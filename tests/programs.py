@@ -50,7 +50,7 @@ def run(words, folder, stdout, stderr, environment):
     os.chdir(folder)
     for descriptor, path in (1, stdout), (2, stderr):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if path else 1, descriptor)
-    sys.stdout = open(1, "w", closefd=False)                                  # the server's may be another kind of file
+    sys.stdout = open(1, "w", buffering=1, closefd=False)                     # the server's may be another kind of file
     sys.path[:] = [str(folder), *(path for path in sys.path if path and Path(path) not in (ROOT, ROOT / "tests"))]
     sys.argv = {"-c": ["-c", *words[2:]], "-m": words[1:]}.get(words[0], words)
     try:
