@@ -333,21 +333,27 @@ def bench_gcrl_memory(device, amp):
 
 
 def bench_gcrl_parts(device, autocast, repeats):
-    """A training step whose images go through the network at once, in parts, and in parts that are computed again in
-    the backward pass."""
+    """A training step of --small, without its views: of each loss alone, and with images that go through the network
+    in parts, or in parts that are computed again in the backward pass."""
     sizes, n, micro_batch = SMALL
     model = gcrl.GCRL(*sizes).to(device)
     tokens = torch.randint(0, sizes[0], (n, sizes[1], sizes[1]), device=device)
 
-    def step(*parts):
+    def step(generate, contrast, *parts):
         with autocast:
-            log_p, z1, z2, _ = model(tokens, tokens, True, True, *parts)
-        (-log_p.mean() / (sizes[1]**2 - 1) + gcrl.nt_xent(z1, z2, 0.2)).backward()
+            log_p, z1, z2, _ = model(tokens, tokens, generate, contrast, *parts)
+        loss = -log_p.mean() / (sizes[1]**2 - 1) if generate else 0.0
+        (loss + gcrl.nt_xent(z1, z2, 0.2) if contrast else loss).backward()
         model.zero_grad()
-    whole, kept, again = medians(device, repeats, step, lambda: step(micro_batch), lambda: step(micro_batch, True))
+    whole, kept, again, generative, contrastive = medians(
+        device, repeats, lambda: step(True, True), lambda: step(True, True, micro_batch),
+        lambda: step(True, True, micro_batch, True), lambda: step(True, False, micro_batch),
+        lambda: step(False, True, micro_batch))
     show(f"gcrl --small: {n} images at once, images/s", f"{n / whole:.1f}")
     show(f"  {micro_batch} at once, images/s", f"{n / kept:.1f}")
     show(f"  {micro_batch} at once, with activations computed again, images/s", f"{n / again:.1f}")
+    show(f"  {micro_batch} at once: hybrid / generative, seconds of a step", f"{kept / generative:.2f}")
+    show(f"  {micro_batch} at once: hybrid / contrastive, seconds of a step", f"{kept / contrastive:.2f}")
 
 
 def of_checkout(folder):
