@@ -11,7 +11,7 @@ below. InfoNCE has to tell that patch from those of other places and other image
 with s_k(c, t) = (W_k c + b_k).t / sqrt(D) and t = W z of length D. v2 predicts in four directions, each with its own
 context network. The representation that is kept and evaluated is the mean of z over the grid.
 
-    python cpc.py                                           # generated shapes, a minute on two cores
+    python cpc.py                                           # generated shapes, one to two minutes on two cores
     python cpc.py --dataset cifar10                         # ResNet-18 on each patch, 200 epochs
 
 Differences from the papers: prediction starts at the first row that shares no pixel with the context (v1: k = 1); v2's

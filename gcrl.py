@@ -10,7 +10,7 @@ and x2 a strongly augmented view, and z1 and z2 are their normalised projections
     L_c = -1/2N sum_i ( log e^(z1_i.z2_i/tau) / (sum_{j!=i} e^(z1_i.z1_j/tau) + sum_j e^(z1_i.z2_j/tau))
                       + log e^(z2_i.z1_i/tau) / (sum_{j!=i} e^(z2_i.z2_j/tau) + sum_j e^(z2_i.z1_j/tau)) )
 
-    python gcrl.py                                          # generated shapes, two or three minutes on two cores
+    python gcrl.py                                          # generated shapes, two to four minutes on two cores
     python gcrl.py --dataset cifar10 --alpha 1 --beta 1     # hybrid; --beta 0: generative; --alpha 0: contrastive
     python gcrl.py --sample RUN --temperature 0.9           # samples images from a saved run
 

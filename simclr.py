@@ -8,7 +8,7 @@ other view j of the same image, and k running over all 2N views (equation 1, NT-
 
 The loss is the mean over the 2N views. The representation that is kept and evaluated is h.
 
-    python simclr.py                                        # generated shapes, a minute on two cores
+    python simclr.py                                        # generated shapes, one to two minutes on two cores
     torchrun --nproc-per-node 4 simclr.py --dataset cifar10 # ResNet-18, 200 epochs; on one GPU without torchrun
 
 Sources of the defaults: cifar10 follows dkobak/simclr-cifar10 (SGD, batches of 512, decay 5e-4, crops of 0.2 or more;
