@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import multiprocessing
 import os
 import pickle
 import struct
@@ -615,7 +616,9 @@ def test_a_class_in_one_part_alone(tmp_path, part):
 
 
 def refused_file(root, path, workers, cache_gb):
-    """The sentence about a broken file; streamed, it comes with the batch that has the file, not before."""
+    """The sentence about a broken file; streamed, it comes with the batch that has the file, not before. The workers
+    have ended then."""
+    others = set(multiprocessing.active_children())
     if cache_gb:
         text = refusal(load_folder, root, 16, workers, cache_gb)
     else:
@@ -624,7 +627,7 @@ def refused_file(root, path, workers, cache_gb):
         good = [i for i, file in enumerate(files) if file != str(path)]
         assert len(list(images.batches([torch.tensor(good)] * 2))) == 2
         text = refusal(everything, images)
-    assert text.startswith(str(path)) and "cannot be read" in text
+    assert text.startswith(str(path)) and "cannot be read" in text and set(multiprocessing.active_children()) <= others
     return sentence_without(root, text)
 
 
