@@ -233,7 +233,8 @@ class Run:
         def handler(number, frame):
             self.signal = number
             self.reset_signals()
-            self.say("\nstopping after this step (once more: at once, without saving)")
+            with contextlib.suppress(RuntimeError):                           # in the midst of printing a line
+                self.say("\nstopping after this step (once more: at once, without saving)")
         self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number in self.handlers:                                          # before a folder is there to be left
             signal.signal(number, handler)

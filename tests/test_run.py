@@ -394,6 +394,22 @@ def test_signal_while_the_folder_is_made(tiny, here, monkeypatch):
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 1
 
 
+def test_signal_while_a_line_is_printed(tiny, here, monkeypatch):
+    """The same, though Python does not print a line within another."""
+    class Terminal(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            if b"epoch 1/2" in bytes(data):
+                signal.raise_signal(signal.SIGINT)
+            return len(data)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Terminal())))
+    with pytest.raises(SystemExit, match="130"):
+        simclr.main(tiny(simclr, "--out", "run"))
+    assert torch.load("run/checkpoint.pt", weights_only=True)["epoch"] == 1
+
+
 @pytest.mark.parametrize("taken", [False, True])
 def test_handlers_are_put_back(here, taken):
     before, run = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], a_run()
