@@ -393,16 +393,16 @@ def ood_table(found):
     return markdown(lines) if others else None
 
 
-def differences_table(found):
+def differences_table(kept):
     """Markdown: by how much GCRL's hybrids differ from the model of one loss, on average over the seeds that both have,
     as each seed has its own palette and initial weights; None without two such rows."""
     def value(row, measure):
-        value = row["result"][measure]
-        return value if measure == "nats" else 100 * value["trained"]
+        found = row["result"][measure]
+        return found if measure == "nats" else 100 * found["trained"]
     lines = [["", "linear probe", "kNN", "nats per token"]]
     for hybrid in ("GCRL, hybrid", "GCRL, hybrid, alpha 8"):
         for other in ("GCRL, contrastive", "GCRL, generative"):
-            rows, others = ({row["settings"]["seed"]: row for row in found.get(name, [])} for name in (hybrid, other))
+            rows, others = ({row["settings"]["seed"]: row for row in kept.get(name, [])} for name in (hybrid, other))
             pairs = [(rows[seed], others[seed]) for seed in rows if seed in others]
             if pairs:
                 lines.append([f"{hybrid}, less {other}", *(
