@@ -195,7 +195,7 @@ def stream(source, workers, index_batches=None, pin_memory=False):
                 break
         elif not broken:
             yield batch
-    del batches                                                               # ends the workers: the traceback keeps it
+    del batches                                                               # ends the workers, kept by the traceback
     if broken:
         raise Refusal(f"{broken[0]}: repair or remove it" if len(broken) == 1 else
                       f"{broken[0]}, nor can {len(broken) - 1:,} more: repair or remove them")
