@@ -74,10 +74,10 @@ def dequantise(tokens, palette):
 # ---- augmentation
 
 
-def weak_view(x, rng):
-    """Random flip and shift by up to an eighth of the side: x uint8 (N, 3, S, S) to floats in [0, 1]."""
+def weak_view(x, rng, shift):
+    """Random flip, and shift by up to the share `shift` of the side: x uint8 (N, 3, S, S) to floats in [0, 1]."""
     flip = augment.random_horizontal_flip(rng, len(x))
-    return augment.apply(x, flip + augment.random_shift(rng, len(x), reach=x.shape[-1] // 8))
+    return augment.apply(x, flip + augment.random_shift(rng, len(x), reach=int(shift * x.shape[-1])))
 
 
 def strong_view(x, rng, crop_min, jitter):
@@ -99,7 +99,8 @@ class GCRL(nn.Module):
     row attention adds the tokens to the left, shifted right by one place.
     """
 
-    def __init__(self, num_colours, image_size, width=256, encoder_layers=4, decoder_layers=4, heads=8, z_dim=128):
+    def __init__(self, num_colours, image_size, width=256, encoder_layers=4, decoder_layers=4, heads=8, init_std=0.02,
+                 z_dim=128):
         super().__init__()
         self.embedding = nn.Embedding(num_colours, width)
         self.row_position = nn.Parameter(0.02 * torch.randn(image_size, 1, width))
@@ -113,7 +114,7 @@ class GCRL(nn.Module):
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, z_dim))
         self.register_buffer("palette", torch.zeros(num_colours, 3))          # what the tokens stand for
         self.register_buffer("first_pixel", torch.ones(num_colours))          # weights of x_1, not in L_g
-        init_weights(self, depth=2 * encoder_layers + decoder_layers)
+        init_weights(self, depth=2 * encoder_layers + decoder_layers, std=init_std)
 
     @torch.no_grad()
     def set_palette(self, palette, first_pixel):
@@ -161,10 +162,8 @@ class GCRL(nn.Module):
         pass, for the memory of one; NT-Xent compares all N (gradient caching, Gao et al. 2021, 2101.06983).
         """
         n, learnt = micro_batch or len(x1), [p for p in self.parameters() if p.requires_grad]
-        outputs = []
-        for part in zip(x1.split(n), (x2 if contrast else x1).split(n)):
-            inputs = (*part, generate, contrast)
-            outputs.append(Recompute.apply(self.outputs, inputs, *learnt) if recompute else self.outputs(*inputs))
+        parts = [(*x, generate, contrast) for x in zip(x1.split(n), (x2 if contrast else x1).split(n))]
+        outputs = [Recompute.apply(self.outputs, part, *learnt) if recompute else self.outputs(*part) for part in parts]
         return tuple(None if values[0] is None else torch.cat(values) for values in zip(*outputs))
 
     def outputs(self, x1, x2, generate, contrast):
@@ -230,7 +229,8 @@ class Encoder(GCRL):
 
 def build_encoder(args, kind=Encoder):
     """The untrained encoder: RGB (N, 3, S, S) in [0, 1] to features (N, D). args: the settings of a run."""
-    return kind(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads)
+    return kind(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads,
+                args.init_std)
 
 
 def build_generator(args):
@@ -253,8 +253,8 @@ def nt_xent(z1, z2, tau):
 # ---- arguments
 
 DEFAULTS = [  # of runs with these settings, where they differ from the flags' defaults below
-    (dict(dataset="shapes"), dict(image_size=12, colours=8, width=64, encoder_layers=1, decoder_layers=1, heads=4,
-                                  crop_min=0.6, jitter=0.3, epochs=14, batch_size=32, lr=2.5e-3)),
+    (dict(dataset="shapes"), dict(image_size=12, colours=8, width=48, encoder_layers=1, decoder_layers=3, heads=4,
+                                  init_std=0.07, shift=0, crop_min=0.6, jitter=0.3, epochs=14, batch_size=32, lr=2e-3)),
     (dict(dataset="fashionmnist"), dict(image_size=28)),
     (dict(small=True), dict(image_size=16, colours=64, width=96, encoder_layers=2, decoder_layers=2, heads=6,
                             crop_min=0.3, epochs=5, batch_size=128, lr=2e-3)),
@@ -271,6 +271,8 @@ def arguments(argv):
     number("--encoder-layers", 4, "[1, 1000]", "pairs of row and column attention")
     number("--decoder-layers", 4, "[1, 1000]", "blocks of masked row attention")
     number("--heads", 8, "[1, inf)", "attention heads, a divisor of the width")
+    number("--init-std", 0.02, "(0, 1]", "standard deviation of the initial weights: narrow networks need more")
+    number("--shift", 0.125, "[0, 0.5]", "weak view: largest shift, as a share of the side")
     number("--crop-min", 0.08, "(0, 1]", "strong view: smallest share of the area that a crop keeps")
     number("--jitter", 0.5, "[0, inf)", "strong view: strength s of the colour distortion")
     number("--warmup", 0.05, "[0, 1]", "share of the epochs in which the learning rate rises")
@@ -339,13 +341,12 @@ def main(argv=None):
     run.track(model=model, optimizer=optimizer, scaler=scaler, rng=rng)
     run.watch(autocast, {"trained": encoder})
     first_epoch, first_step = run.restore()                                   # (0, 0) unless --resume
-    net.train()
     with run:
         for epoch in range(first_epoch, args.epochs):
             for step, _, x in batches.epoch(epoch, first_step):
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * cosine(epoch * len(batches) + step, args.epochs * len(batches), args.warmup)
-                x1 = model.tokens(weak_view(x, rng))                          # (N, H, W)
+                x1 = model.tokens(weak_view(x, rng, args.shift))              # (N, H, W)
                 x2 = model.tokens(strong_view(x, rng, args.crop_min, args.jitter)) if contrast else None
                 with autocast:
                     log_p, z1, z2, h = net(x1, x2, generate, contrast, part, recompute)
@@ -367,15 +368,14 @@ def main(argv=None):
 
     rng, held, result = augment.Random(args.seed), images.test or images.train, {"palette_error": palette_error}
     x = images.train.at(images.train.random_indices(32)).to(device)
-    views = weak_view(x, rng), strong_view(x, rng, args.crop_min, args.jitter)
+    views = weak_view(x, rng, args.shift), strong_view(x, rng, args.crop_min, args.jitter)
     run.picture("views.png", *(model.images(model.tokens(view)) for view in views))
     if generate and rank == 0:
         with torch.no_grad(), autocast:
             parts = torch.arange(len(held)).split(64)
             batches = counted(held.batches(parts), len(parts), "batches of 64 likelihoods")
             log_p = torch.cat([model.log_prob(model.tokens(x)) for x in batches])
-        nats = -log_p.mean().item() / predicted
-        result |= {"nats": nats, "bits": nats / math.log(2)}
+        result |= {"nats": (nats := -log_p.mean().item() / predicted), "bits": nats / math.log(2)}
         run.say(f"\n{'test' if images.test else 'training'} images: {nats:.3f} nats, {result['bits']:.3f} bits per "
                 f"predicted token, not per dimension of RGB (uniform {math.log(len(palette)):.3f} nats)")
         generator = torch.Generator(device).manual_seed(args.seed)

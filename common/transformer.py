@@ -79,12 +79,12 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def init_weights(module, depth):
-    """As in GPT-2: normal with deviation 0.02, residual branches' last layers scaled by 1 / sqrt(2 depth); biases 0."""
+def init_weights(module, depth, std=0.02):
+    """As in GPT-2: normal with deviation std, residual branches' last layers scaled by 1 / sqrt(2 depth); biases 0."""
     for name, child in module.named_modules():
         if isinstance(child, (nn.Linear, nn.Embedding)):
             ends_branch = name.endswith(("attention.out", "mlp.2"))
-            nn.init.normal_(child.weight, std=0.02 / (2 * depth) ** 0.5 if ends_branch else 0.02)
+            nn.init.normal_(child.weight, std=std / (2 * depth) ** 0.5 if ends_branch else std)
         if isinstance(child, nn.Linear) and child.bias is not None:
             nn.init.zeros_(child.bias)
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import gcrl
+from common import augment
 from common.cli import Refusal
 from common.transformer import Recompute
 from gcrl import GCRL
@@ -223,6 +224,31 @@ def test_training_takes_the_parts_it_says(flags, expected, tiny, tmp_path, monke
     assert seen == {expected}
     printed = " ".join(capsys.readouterr().out.split())
     assert f", micro-batch {expected[0]}, " in printed and f", recompute {expected[1]} " in printed
+
+
+def test_initial_weights_have_the_wanted_deviation():
+    """Of all matrices; the last ones of a residual branch are smaller, by the root of twice the number of blocks."""
+    for std in (0.02, 0.07):
+        model = GCRL(64, 4, width=64, encoder_layers=1, decoder_layers=1, heads=2, init_std=std)
+        for name, p in model.named_parameters():
+            if p.dim() == 2:
+                wanted = std / math.sqrt(2 * 3) if name.endswith(("out.weight", "mlp.2.weight")) else std
+                assert p.std().item() == pytest.approx(wanted, rel=0.05), name
+
+
+def test_weak_view_flips_and_shifts_by_whole_pixels():
+    """--shift 0 leaves the image or its mirror image; the inside of others is one of these, moved both ways."""
+    x = torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8)
+    for shift, reach in ((0.0, 0), (0.125, 1), (0.25, 2)):
+        views, found = gcrl.weak_view(x, augment.Random(0), shift), set()
+        for view, image in zip(views, x / 255):
+            ways = [(flip, down, right) for flip in (False, True) for down in range(-reach, reach + 1)
+                    for right in range(-reach, reach + 1)
+                    if torch.allclose(view[:, 2:6, 2:6], (image.flip(2) if flip else image)
+                                      [:, 2 - down : 6 - down, 2 - right : 6 - right], atol=1e-5)]
+            assert len(ways) == 1
+            found.add(ways[0])
+        assert len(found) == 2 * (2 * reach + 1) ** 2
 
 
 def test_near_colours_begin_with_near_embeddings():
