@@ -254,7 +254,7 @@ def nt_xent(z1, z2, tau):
 
 DEFAULTS = [  # of runs with these settings, where they differ from the flags' defaults below
     (dict(dataset="shapes"), dict(image_size=12, colours=8, width=48, encoder_layers=1, decoder_layers=3, heads=4,
-                                  init_std=0.07, shift=0, crop_min=0.6, jitter=0.3, epochs=14, batch_size=32, lr=2e-3)),
+                                  init_std=0.07, shift=0, crop_min=0.6, jitter=0.3, epochs=14, batch_size=32, lr=3e-3)),
     (dict(dataset="fashionmnist"), dict(image_size=28)),
     (dict(small=True), dict(image_size=16, colours=64, width=96, encoder_layers=2, decoder_layers=2, heads=6,
                             crop_min=0.3, epochs=5, batch_size=128, lr=2e-3)),
