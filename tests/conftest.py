@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +127,33 @@ def finished(tiny, tmp_path_factory):
         found["model"] = found["model"].state_dict()                          # after the evaluation
         return SimpleNamespace(folder=folder, metrics=metrics, stdout=stdout.getvalue(), **found)
     return lambda script: run(getattr(script, "__name__", script))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def background(request, tmp_path_factory, tiny):
+    """(folder, process): the program that tests of a module wait for runs from the module's first test on. The module
+    starts it by start(folder, tiny)."""
+    if not any("ended" in item.fixturenames for item in request.session.items if item.path == request.path):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("background")
+    process = request.module.start(folder, tiny)
+    yield folder, process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def ended():
+    """ended(folder, process): the folder, when the process with its output there has come to a good end."""
+    def wait(folder, process):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=300)
+        if process.poll() != 0:
+            words = "\n".join((folder / "output").read_text().splitlines()[-50:])
+            pytest.fail(f"the program ended with {process.poll()}:\n{words}", pytrace=False)
+        return folder
+    return wait
 
 
 @pytest.fixture

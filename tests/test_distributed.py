@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -90,37 +89,19 @@ def all_cases():
         assert os.waitpid(other, 0)[1] == 0
 
 
+def start(folder, tiny):
+    """Runs `all_cases`."""
+    return program("all_cases()", folder, folder / "output")
+
+
 def program(call, folder, *output, **environment):
     """A call of this module as a program."""
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_distributed as t; t.{call}"
     return Program(["-c", code], folder, *output, **LOOPBACK, **environment)
 
 
-def ended(folder, process):
-    """The folder, when the process with its output there has come to a good end."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=300)
-    if process.poll() != 0:
-        words = "\n".join((folder / "output").read_text().splitlines()[-50:])
-        pytest.fail(f"the program ended with {process.poll()}:\n{words}", pytrace=False)
-    return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def background(request, tmp_path_factory):
-    """(folder, process): `all_cases` runs from the first test of this module on, if any is to wait for it."""
-    if not any("two" in item.fixturenames for item in request.session.items):
-        yield None
-        return
-    folder = tmp_path_factory.mktemp("background")
-    process = program("all_cases()", folder, folder / "output")
-    yield folder, process
-    process.kill()
-    process.wait()
-
-
 @pytest.fixture(scope="module")
-def two(background):
+def two(background, ended):
     """The folder of the runs in two processes."""
     return ended(*background)
 
@@ -249,7 +230,7 @@ def test_a_failing_process_ends_the_other(how, failing, status, both, tmp_path):
         assert errors.endswith("gcrl.py: no such file\n") and "Traceback" not in errors
 
 
-def test_a_failing_set_up_shows_what_the_processes_wrote(tmp_path):
+def test_a_failing_set_up_shows_what_the_processes_wrote(ended, tmp_path):
     (tmp_path / "program.py").write_text("for i in range(60): print('line', i)\nraise SystemExit('the reason')\n")
     with pytest.raises(pytest.fail.Exception) as failure:
         ended(tmp_path, Program(["program.py"], tmp_path, tmp_path / "output"))
