@@ -99,8 +99,8 @@ class GCRL(nn.Module):
     row attention adds the tokens to the left, shifted right by one place.
     """
 
-    def __init__(self, num_colours, image_size, width=256, encoder_layers=4, decoder_layers=4, heads=8, init_std=0.02,
-                 z_dim=128):
+    def __init__(self, num_colours, image_size, width=256, encoder_layers=4, decoder_layers=4, heads=8, z_dim=128,
+                 init_std=0.02):
         super().__init__()
         self.embedding = nn.Embedding(num_colours, width)
         self.row_position = nn.Parameter(0.02 * torch.randn(image_size, 1, width))
@@ -211,8 +211,8 @@ class GCRL(nn.Module):
 class Encoder(GCRL):
     """GCRL without its decoder and head: RGB (N, 3, S, S) in [0, 1] to features (N, width)."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         del self.decoder, self.decoder_norm, self.to_logits, self.head
 
     def forward(self, x):
@@ -230,7 +230,7 @@ class Encoder(GCRL):
 def build_encoder(args, kind=Encoder):
     """The untrained encoder: RGB (N, 3, S, S) in [0, 1] to features (N, D). args: the settings of a run."""
     return kind(args.colours, args.image_size, args.width, args.encoder_layers, args.decoder_layers, args.heads,
-                args.init_std)
+                init_std=args.init_std)
 
 
 def build_generator(args):
